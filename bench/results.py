@@ -1,0 +1,172 @@
+"""Where a result goes and what stands in it: one JSON line a case, and the machine it is from."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastq
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHAPES = REPOSITORY / "bench" / "shapes"
+RESULTS = REPOSITORY / "bench" / "results"
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None where it is absent or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+@functools.cache
+def _commit() -> tuple[str, bool | None]:
+    """The commit and whether the tree differs from it; FASTQ_COMMIT and FASTQ_DIRTY without git."""
+    git = ("git", "-C", str(REPOSITORY))
+    commit = _output(*git, "rev-parse", "HEAD")
+    if commit is not None:
+        changed = _output(*git, "status", "--porcelain", "--", ":!bench/results")
+        return commit, bool(changed)
+    dirty = os.environ.get("FASTQ_DIRTY")
+    return os.environ.get("FASTQ_COMMIT", "unknown"), None if dirty is None else dirty == "1"
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def device_folder(device: torch.device) -> str:
+    """`nvidia-h200`, `cpu-intel-xeon-platinum-8481c`."""
+    name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", device_name(device).lower())
+    name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return name if device.type == "cuda" else f"cpu-{name}"
+
+
+@functools.cache
+def environment(device: torch.device) -> dict[str, Any]:
+    """The fields that all lines of a run share."""
+    commit, dirty = _commit()
+    fields = {
+        "commit": commit,
+        "dirty": dirty,
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastq": fastq.__version__,
+    }
+    if device.type == "cuda":
+        cuda = fastq.describe()["cuda"]
+        fields |= {
+            "driver": _output(
+                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
+            ),
+            "cuda": torch.version.cuda,
+            "fastq_cuda": {name: cuda[name] for name in ("archs", "runtime", "driver", "cutlass")},
+        }
+    else:
+        fields |= {
+            "driver": None,
+            "isa": fastq.describe()["cpu"]["isa"],
+            "threads": fastq.get_num_threads(),
+            "torch_threads": torch.get_num_threads(),
+        }
+    return fields
+
+
+def clocks(device: torch.device) -> dict[str, str] | None:
+    """The clocks and the power of a GPU at this moment, or None."""
+    if device.type != "cuda":
+        return None
+    names = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+    text = _output(
+        "nvidia-smi",
+        f"--query-gpu={','.join(names)}",
+        "--format=csv,noheader",
+        f"--id={device.index or 0}",
+    )
+    return dict(zip(names, text.split(", "), strict=True)) if text else None
+
+
+class Writer:
+    """Appends one JSON line a case."""
+
+    def __init__(self, path: Path, device: torch.device):
+        self.path = path
+        self.device = device
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, **fields: Any) -> None:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = {"time": stamp, **environment(self.device), **fields}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def key(line: dict[str, Any]) -> tuple:
+    """What makes two lines the same case: the newest one of a file counts."""
+    shape = tuple(sorted(line["shape"].items()))
+    return (line["op"], shape, line["dtype"], line["implementation"])
+
+
+def newest(path: Path) -> dict[tuple, dict[str, Any]]:
+    """The last line of each case in a file, in the order in which the cases first appear."""
+    return {key(line): line for line in read(path)}
+
+
+def arguments(op: str) -> argparse.ArgumentParser:
+    """The options that every benchmark takes."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{op}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="default: bench/results/<device>/<op>.jsonl")
+    parser.add_argument("--rounds", type=int, default=25, help="samples of each implementation")
+    return parser
+
+
+def add_shapes(parser: argparse.ArgumentParser, op: str) -> None:
+    parser.add_argument("--shapes", type=Path, default=SHAPES / f"{op}.json")
+    parser.add_argument("--filter", default="", help="a regular expression on '<shape> <tag>'")
+
+
+def writer(options: argparse.Namespace, op: str) -> Writer:
+    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    path = options.out or RESULTS / device_folder(device) / f"{op}.jsonl"
+    return Writer(path, device)
+
+
+def shapes(options: argparse.Namespace) -> Iterator[tuple[dict[str, int], str]]:
+    """(sizes, tag) of the cases in the shapes file that the device and the filter leave."""
+    for case in json.loads(options.shapes.read_text()):
+        if options.device not in case.pop("devices"):
+            continue
+        tag = case.pop("tag")
+        if re.search(options.filter, f"{shape_text(case)} {tag}"):
+            yield case, tag
+
+
+def shape_text(sizes: dict[str, int]) -> str:
+    return "x".join(str(size) for size in sizes.values())

@@ -1,0 +1,141 @@
+"""The timers. Implementations take turns, sample by sample, so that a clock that changes or a
+neighbour that wakes up meets all of them alike.
+
+An implementation is a list of calls that do the same on different copies of the inputs; running
+through the list keeps the caches from holding what a real model would have to fetch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import fastq
+
+Calls = list[Callable[[], object]]
+
+
+class Timing(NamedTuple):
+    """Microseconds a call."""
+
+    p10_us: float
+    p50_us: float
+    p90_us: float
+    timer: str  # how it was measured
+
+
+def quantiles(samples_us: list[float], timer: str) -> Timing:
+    ordered = sorted(samples_us)
+
+    def at(fraction: float) -> float:
+        return round(ordered[round(fraction * (len(ordered) - 1))], 3)
+
+    return Timing(at(0.1), at(0.5), at(0.9), timer)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The L2 of a GPU; the largest cache of a CPU."""
+    if device.type == "cuda":
+        return fastq.describe()["cuda"]["devices"][device.index or 0]["l2_bytes"]
+    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [path.read_text().strip() for path in caches]
+    return max((int(s[:-1]) << {"K": 10, "M": 20}[s[-1]] for s in sizes), default=32 << 20)
+
+
+def copies(bytes_each: int, device: torch.device) -> int:
+    """How many copies of the inputs make at least 4 x the L2 of a GPU, 2 x the last cache of a CPU
+    (where that is large, and shared with others)."""
+    wanted = (4 if device.type == "cuda" else 2) * cache_bytes(device)
+    return min(max(2, math.ceil(wanted / max(bytes_each, 1))), 256)
+
+
+def measure(candidates: dict[str, Calls], device: torch.device, rounds: int) -> dict[str, Timing]:
+    """Times every candidate, in turns."""
+    if device.type == "cuda":
+        return _measure_cuda(candidates, rounds)
+    return _measure_cpu(candidates, rounds)
+
+
+def _measure_cpu(candidates: dict[str, Calls], rounds: int) -> dict[str, Timing]:
+    """A sample is a few milliseconds of calls. Before it the candidate runs untimed for a while:
+    the threads of the one before may still spin."""
+    clock = time.perf_counter
+
+    def run(calls: itertools.cycle, count: int) -> float:
+        begin = clock()
+        for _ in range(count):
+            next(calls)()
+        return (clock() - begin) / count
+
+    endless = {name: itertools.cycle(calls) for name, calls in candidates.items()}
+    counts = {}
+    for name, calls in endless.items():
+        run(calls, 2)
+        counts[name] = max(1, math.ceil(5e-3 / run(calls, 2)))
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, calls in endless.items():
+            run(calls, max(1, counts[name] // 2))
+            samples[name].append(1e6 * run(calls, counts[name]))
+    return {name: quantiles(values, "perf_counter") for name, values in samples.items()}
+
+
+class _Graph:
+    """A CUDA graph of many calls, or the calls themselves where they cannot be captured."""
+
+    SAMPLE_US = 1500.0
+    MAX_CALLS = 512
+
+    def __init__(self, calls: Calls):
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        self.count = len(calls)
+        self.replay = lambda: [call() for call in calls]
+        once = self.sample()
+        if once * len(calls) < self.SAMPLE_US:
+            wanted = min(self.SAMPLE_US / max(once, 1.0), self.MAX_CALLS)
+            calls = calls * math.ceil(wanted / len(calls))
+        self.timer = self._capture(calls)
+        self.count = len(calls)
+        self.replay()
+        torch.cuda.synchronize()
+
+    def _capture(self, calls: Calls) -> str:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    call()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            self.replay = lambda: [call() for call in calls]
+            return "cuda events, not captured"
+        self.replay = graph.replay
+        return "cuda graph"
+
+    def sample(self) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * begin.elapsed_time(end) / self.count
+
+
+def _measure_cuda(candidates: dict[str, Calls], rounds: int) -> dict[str, Timing]:
+    graphs = {name: _Graph(calls) for name, calls in candidates.items()}
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(-3, rounds):  # the first turns bring the clocks to where they stay
+        for name, graph in graphs.items():
+            graph.replay()
+            value = graph.sample()
+            if turn >= 0:
+                samples[name].append(value)
+    return {name: quantiles(values, graphs[name].timer) for name, values in samples.items()}

@@ -1,0 +1,167 @@
+/* fastq: the C ABI of libfastq.
+ *
+ * Every function returns a fastq_status; the message of the last failure on this thread is
+ * fastq_last_error(). Ops never allocate: the caller passes `out` and a workspace whose size the
+ * op tells. Argument structs begin with their own size (`struct_size = sizeof(...)`), so that they
+ * can grow without breaking a program that was built against an older header: zero-initialise them.
+ */
+#ifndef FASTQ_FASTQ_H_
+#define FASTQ_FASTQ_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define FASTQ_API __attribute__((visibility("default")))
+#else
+#define FASTQ_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FASTQ_MAX_RANK 8
+
+typedef enum fastq_status {
+  FASTQ_SUCCESS = 0,
+  FASTQ_INVALID_VALUE = 1,   /* a shape, stride, size or overlap the op cannot take */
+  FASTQ_INVALID_TYPE = 2,    /* a dtype or device the op cannot take */
+  FASTQ_NOT_IMPLEMENTED = 3, /* a combination that this build does not hold */
+  FASTQ_RUNTIME_ERROR = 4    /* the device or the system failed; the message holds its words */
+} fastq_status;
+
+typedef enum fastq_dtype {
+  FASTQ_DTYPE_NONE = 0, /* an absent tensor */
+  FASTQ_FLOAT32 = 1,
+  FASTQ_FLOAT16 = 2,
+  FASTQ_BFLOAT16 = 3,
+  FASTQ_INT8 = 4,
+  FASTQ_INT32 = 5,
+  FASTQ_UINT8 = 6
+} fastq_dtype;
+
+typedef enum fastq_device_type { FASTQ_CPU = 0, FASTQ_CUDA = 1 } fastq_device_type;
+
+typedef enum fastq_tensor_flags {
+  FASTQ_READ_ONLY = 1 /* an op that would write to the tensor refuses */
+} fastq_tensor_flags;
+
+/* A non-owning view. Strides are in elements and may be any value, 0 and negative ones included.
+ * A zero-initialised view is "absent". */
+typedef struct fastq_tensor {
+  void* data;
+  int32_t dtype;       /* fastq_dtype */
+  int32_t device_type; /* fastq_device_type */
+  int32_t device_index;
+  int32_t rank;
+  uint32_t flags; /* fastq_tensor_flags */
+  uint32_t reserved;
+  int64_t sizes[FASTQ_MAX_RANK];
+  int64_t strides[FASTQ_MAX_RANK];
+} fastq_tensor;
+
+FASTQ_API const char* fastq_version(void);
+
+/* The message of the last failed call on this thread; empty when none failed. Never NULL. */
+FASTQ_API const char* fastq_last_error(void);
+
+/* What the library was built with and what it finds, as one line of JSON: version, the CUDA
+ * architectures compiled in, the instruction set the CPU backend takes, the number of threads, and
+ * the CUDA devices or the reason why there are none. Touches the CUDA driver. The text belongs to
+ * this thread and lives until its next call. */
+FASTQ_API fastq_status fastq_describe(const char** json);
+
+/* Threads the CPU backend uses, the caller included. The default is FASTQ_NUM_THREADS, else the
+ * processors that this process may run on. */
+FASTQ_API fastq_status fastq_set_num_threads(int32_t num_threads);
+FASTQ_API int32_t fastq_get_num_threads(void);
+
+/* ---- int8_gemm -------------------------------------------------------------------------------
+ * out[m,n] = round_to(out.dtype, (f32(sum_k a[m,k] * b[k,n]) * scale_a[m]) * scale_b[n] + bias[n])
+ *
+ * The integer sum is exact in int32; scales and bias are applied in float32 in this order, each
+ * operation rounded to nearest even (no fused multiply-add), with one rounding to out.dtype at the
+ * end. K is at most 131071. out.dtype is bfloat16, float16 or float32; with int32 the raw sums are
+ * written, and scales and bias must be absent.
+ */
+typedef enum fastq_weight_layout {
+  FASTQ_WEIGHT_PLAIN = 0, /* data: (K, N) int8, any strides; K contiguous is the fast path */
+  FASTQ_WEIGHT_PACKED = 1 /* data: (bytes,) uint8, written by fastq_pack_weight; sizes in k and n */
+} fastq_weight_layout;
+
+typedef struct fastq_weight {
+  size_t struct_size;
+  fastq_tensor data;
+  fastq_tensor scale; /* float32 multipliers: a scalar, (N,) or (1, N) */
+  int32_t layout;     /* fastq_weight_layout */
+  int32_t reserved;
+  int64_t k; /* logical sizes of a packed weight; ignored for a plain one */
+  int64_t n;
+  int64_t group_size; /* rows of K that share a scale; 0: all of them */
+} fastq_weight;
+
+typedef struct fastq_int8_gemm_args {
+  size_t struct_size;
+  fastq_tensor a; /* (..., M, K) int8 */
+  const fastq_weight* b;
+  fastq_tensor scale_a; /* float32: a scalar, a.shape[:-1], that plus (1,), flat (M,) or (M, 1) */
+  fastq_tensor bias;    /* (N,) or (1, N), out.dtype or float32, or absent */
+  fastq_tensor out;     /* (..., M, N) */
+  void* workspace;      /* at least fastq_int8_gemm_workspace_size bytes on the tensors' device,
+                           64-byte aligned (256 on CUDA); undefined on entry; not shared between
+                           streams */
+  size_t workspace_size;
+  void* stream; /* a cudaStream_t; ignored on the CPU */
+} fastq_int8_gemm_args;
+
+FASTQ_API fastq_status fastq_int8_gemm_workspace_size(const fastq_int8_gemm_args* args,
+                                                      size_t* bytes);
+FASTQ_API fastq_status fastq_int8_gemm(const fastq_int8_gemm_args* args);
+
+/* Names the kernel and configuration that fastq_int8_gemm would take, as "cpu/amx/packed" or
+ * "cuda/sm90/128x128x128_pingpong_2x1". Writes at most `size` bytes, the final 0 included. */
+FASTQ_API fastq_status fastq_int8_gemm_describe(const fastq_int8_gemm_args* args, char* text,
+                                                size_t size);
+
+/* Rearranges a plain CPU weight once into the form its kernels read fastest. The form does not
+ * depend on the instruction set. `packed` is (bytes,) uint8, contiguous, 64-byte aligned. */
+FASTQ_API fastq_status fastq_pack_weight_size(const fastq_weight* plain, size_t* bytes);
+FASTQ_API fastq_status fastq_pack_weight(const fastq_weight* plain, const fastq_tensor* packed);
+
+/* ---- quantize --------------------------------------------------------------------------------
+ * scale[r] = absmax(x[r,:]) / 127 (1 for a row of zeros, never below FLT_MIN)
+ * q[r,c]   = clamp(round_half_even(x[r,c] / scale[r]), -127, 127)
+ *
+ * A row with a NaN has scale NaN, one with an Inf has scale Inf, and q = 0, so that what follows
+ * shows NaN. per_token: x (..., K) -> scale x.shape[:-1] or that plus (1,). per_channel:
+ * x (N, K) -> scale (N,) or (N, 1).
+ */
+typedef struct fastq_quantize_args {
+  size_t struct_size;
+  fastq_tensor x;     /* float32, float16 or bfloat16 */
+  fastq_tensor q;     /* int8, like x */
+  fastq_tensor scale; /* float32 */
+  void* stream;
+} fastq_quantize_args;
+
+FASTQ_API fastq_status fastq_quantize_per_token(const fastq_quantize_args* args);
+FASTQ_API fastq_status fastq_quantize_per_channel(const fastq_quantize_args* args);
+
+/* ---- dequantize ------------------------------------------------------------------------------
+ * out[r,c] = round_to(out.dtype, f32(q[r,c]) * scale[r])
+ */
+typedef struct fastq_dequantize_args {
+  size_t struct_size;
+  fastq_tensor q;     /* (..., K) int8 */
+  fastq_tensor scale; /* float32: a scalar, q.shape[:-1] or that plus (1,) */
+  fastq_tensor out;   /* like q; float32, float16 or bfloat16 */
+  void* stream;
+} fastq_dequantize_args;
+
+FASTQ_API fastq_status fastq_dequantize(const fastq_dequantize_args* args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* FASTQ_FASTQ_H_ */

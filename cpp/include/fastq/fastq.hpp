@@ -1,0 +1,179 @@
+// fastq for C++17: a header over the C ABI. Errors are exceptions, optional arguments have
+// defaults; everything else is as fastq.h says.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "fastq/fastq.h"
+
+namespace fastq {
+
+class Exception : public std::runtime_error {
+ public:
+  Exception(fastq_status status, const char* message)
+      : std::runtime_error(message), status_(status) {}
+  fastq_status status() const noexcept { return status_; }
+
+ private:
+  fastq_status status_;
+};
+
+inline void check(fastq_status status) {
+  if (status != FASTQ_SUCCESS) throw Exception(status, fastq_last_error());
+}
+
+struct Device {
+  fastq_device_type type = FASTQ_CPU;
+  int index = 0;
+};
+
+// A contiguous view. A pointer to const makes it read-only.
+inline fastq_tensor tensor_view(const void* data, fastq_dtype dtype,
+                                std::initializer_list<int64_t> sizes, Device device = {},
+                                bool read_only = true) {
+  if (sizes.size() > FASTQ_MAX_RANK) {
+    throw Exception(FASTQ_INVALID_VALUE, "tensor_view: the rank is over FASTQ_MAX_RANK");
+  }
+  fastq_tensor view = {};
+  view.data = const_cast<void*>(data);
+  view.dtype = dtype;
+  view.device_type = device.type;
+  view.device_index = device.index;
+  view.rank = static_cast<int32_t>(sizes.size());
+  view.flags = read_only ? FASTQ_READ_ONLY : 0;
+  int i = 0;
+  for (const int64_t size : sizes) view.sizes[i++] = size;
+  int64_t stride = 1;
+  for (i = view.rank - 1; i >= 0; --i) {
+    view.strides[i] = stride;
+    stride *= view.sizes[i];
+  }
+  return view;
+}
+inline fastq_tensor tensor_view(void* data, fastq_dtype dtype, std::initializer_list<int64_t> sizes,
+                                Device device = {}) {
+  return tensor_view(static_cast<const void*>(data), dtype, sizes, device, false);
+}
+
+template <class T>
+struct dtype_of;
+template <>
+struct dtype_of<float> : std::integral_constant<fastq_dtype, FASTQ_FLOAT32> {};
+template <>
+struct dtype_of<int8_t> : std::integral_constant<fastq_dtype, FASTQ_INT8> {};
+template <>
+struct dtype_of<int32_t> : std::integral_constant<fastq_dtype, FASTQ_INT32> {};
+template <>
+struct dtype_of<uint8_t> : std::integral_constant<fastq_dtype, FASTQ_UINT8> {};
+
+template <class T>
+fastq_tensor tensor_view(T* data, std::initializer_list<int64_t> sizes, Device device = {}) {
+  using Element = std::remove_const_t<T>;
+  return tensor_view(static_cast<const void*>(data), dtype_of<Element>::value, sizes, device,
+                     std::is_const<T>::value);
+}
+
+// The same memory with its last two dimensions exchanged: an (N, K) weight as the (K, N) operand.
+inline fastq_tensor transposed(fastq_tensor view) {
+  if (view.rank < 2) throw Exception(FASTQ_INVALID_VALUE, "transposed: the rank is under 2");
+  const int i = view.rank - 2, j = view.rank - 1;
+  const int64_t size = view.sizes[i], stride = view.strides[i];
+  view.sizes[i] = view.sizes[j], view.strides[i] = view.strides[j];
+  view.sizes[j] = size, view.strides[j] = stride;
+  return view;
+}
+
+// b: (K, N) int8; scale: float32 scalar, (N,) or (1, N).
+inline fastq_weight weight(const fastq_tensor& b, const fastq_tensor& scale = {}) {
+  fastq_weight w = {};
+  w.struct_size = sizeof(w);
+  w.data = b;
+  w.scale = scale;
+  w.layout = FASTQ_WEIGHT_PLAIN;
+  return w;
+}
+
+// packed: (bytes,) uint8 as pack_weight wrote it.
+inline fastq_weight packed_weight(const fastq_tensor& packed, int64_t k, int64_t n,
+                                  const fastq_tensor& scale = {}) {
+  fastq_weight w = weight(packed, scale);
+  w.layout = FASTQ_WEIGHT_PACKED;
+  w.k = k;
+  w.n = n;
+  return w;
+}
+
+// The arguments of one product. Keep `b` alive as long as the struct.
+inline fastq_int8_gemm_args int8_gemm_args(const fastq_tensor& a, const fastq_weight& b,
+                                           const fastq_tensor& scale_a, const fastq_tensor& out,
+                                           const fastq_tensor& bias = {}, void* stream = nullptr) {
+  fastq_int8_gemm_args args = {};
+  args.struct_size = sizeof(args);
+  args.a = a;
+  args.b = &b;
+  args.scale_a = scale_a;
+  args.bias = bias;
+  args.out = out;
+  args.stream = stream;
+  return args;
+}
+
+inline size_t int8_gemm_workspace_size(const fastq_int8_gemm_args& args) {
+  size_t bytes = 0;
+  check(fastq_int8_gemm_workspace_size(&args, &bytes));
+  return bytes;
+}
+
+inline void int8_gemm(fastq_int8_gemm_args args, void* workspace = nullptr,
+                      size_t workspace_size = 0) {
+  args.workspace = workspace;
+  args.workspace_size = workspace_size;
+  check(fastq_int8_gemm(&args));
+}
+
+inline std::string int8_gemm_describe(const fastq_int8_gemm_args& args) {
+  char text[128];
+  check(fastq_int8_gemm_describe(&args, text, sizeof(text)));
+  return text;
+}
+
+inline size_t pack_weight_size(const fastq_weight& plain) {
+  size_t bytes = 0;
+  check(fastq_pack_weight_size(&plain, &bytes));
+  return bytes;
+}
+
+inline void pack_weight(const fastq_weight& plain, const fastq_tensor& packed) {
+  check(fastq_pack_weight(&plain, &packed));
+}
+
+inline void quantize_per_token(const fastq_tensor& x, const fastq_tensor& q,
+                               const fastq_tensor& scale, void* stream = nullptr) {
+  const fastq_quantize_args args = {sizeof(fastq_quantize_args), x, q, scale, stream};
+  check(fastq_quantize_per_token(&args));
+}
+
+inline void quantize_per_channel(const fastq_tensor& w, const fastq_tensor& q,
+                                 const fastq_tensor& scale, void* stream = nullptr) {
+  const fastq_quantize_args args = {sizeof(fastq_quantize_args), w, q, scale, stream};
+  check(fastq_quantize_per_channel(&args));
+}
+
+inline void dequantize(const fastq_tensor& q, const fastq_tensor& scale, const fastq_tensor& out,
+                       void* stream = nullptr) {
+  const fastq_dequantize_args args = {sizeof(fastq_dequantize_args), q, scale, out, stream};
+  check(fastq_dequantize(&args));
+}
+
+inline std::string describe() {
+  const char* json = nullptr;
+  check(fastq_describe(&json));
+  return json;
+}
+
+}  // namespace fastq

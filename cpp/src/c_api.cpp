@@ -1,0 +1,130 @@
+// The exported symbols: each calls its op and turns an exception into a status and a message.
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "core/backend.hpp"
+#include "core/error.hpp"
+#include "cpu/thread_pool.hpp"
+#include "fastq/fastq.h"
+#include "ops/dequantize.hpp"
+#include "ops/int8_gemm.hpp"
+#include "ops/quantize.hpp"
+
+namespace {
+
+thread_local std::string last_error;
+
+fastq_status fail(fastq_status status, const char* message) noexcept {
+  try {
+    last_error = message;
+  } catch (...) {
+    last_error.clear();  // out of memory: the status still tells
+  }
+  return status;
+}
+
+template <class Call>
+fastq_status guarded(const Call& call) noexcept {
+  try {
+    call();
+    return FASTQ_SUCCESS;
+  } catch (const fastq::Error& error) {
+    return fail(error.status(), error.what());
+  } catch (const std::bad_alloc&) {
+    return fail(FASTQ_RUNTIME_ERROR, "out of host memory");
+  } catch (const std::exception& error) {
+    return fail(FASTQ_RUNTIME_ERROR, error.what());
+  }
+}
+
+template <class T>
+const T& required(const T* pointer, const char* what) {
+  if (pointer == nullptr) fastq::invalid_value(std::string(what) + " is a null pointer");
+  return *pointer;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* fastq_version(void) { return FASTQ_VERSION; }
+
+const char* fastq_last_error(void) { return last_error.c_str(); }
+
+fastq_status fastq_describe(const char** json) {
+  return guarded([&] {
+    required(json, "fastq_describe: json");
+    static thread_local std::string text;
+    const auto describe = [](fastq::DeviceType device) {
+      const fastq::Backend* backend = fastq::find_backend(device);
+      return backend == nullptr ? std::string("null") : backend->describe();
+    };
+    text = "{\"version\":\"" FASTQ_VERSION "\",\"cpu\":" + describe(fastq::DeviceType::kCpu) +
+           ",\"cuda\":" + describe(fastq::DeviceType::kCuda) + "}";
+    *json = text.c_str();
+  });
+}
+
+fastq_status fastq_set_num_threads(int32_t num_threads) {
+  return guarded([&] {
+    if (num_threads < 1) {
+      fastq::invalid_value("set_num_threads: num_threads is " + std::to_string(num_threads) +
+                           ", expected at least 1");
+    }
+    fastq::cpu::set_num_threads(num_threads);
+  });
+}
+
+int32_t fastq_get_num_threads(void) { return fastq::cpu::get_num_threads(); }
+
+fastq_status fastq_int8_gemm_workspace_size(const fastq_int8_gemm_args* args, size_t* bytes) {
+  return guarded([&] {
+    required(bytes, "int8_gemm: bytes");
+    *bytes = fastq::int8_gemm_workspace_size(required(args, "int8_gemm: args"));
+  });
+}
+
+fastq_status fastq_int8_gemm(const fastq_int8_gemm_args* args) {
+  return guarded([&] { fastq::int8_gemm(required(args, "int8_gemm: args")); });
+}
+
+fastq_status fastq_int8_gemm_describe(const fastq_int8_gemm_args* args, char* text, size_t size) {
+  return guarded([&] {
+    required(text, "int8_gemm: text");
+    const std::string name = fastq::int8_gemm_describe(required(args, "int8_gemm: args"));
+    if (size == 0) fastq::invalid_value("int8_gemm: text has no room");
+    const size_t length = name.size() < size - 1 ? name.size() : size - 1;
+    std::memcpy(text, name.data(), length);
+    text[length] = '\0';
+  });
+}
+
+fastq_status fastq_pack_weight_size(const fastq_weight* plain, size_t* bytes) {
+  return guarded([&] {
+    required(bytes, "pack_weight: bytes");
+    *bytes = fastq::pack_weight_size(required(plain, "pack_weight: b"));
+  });
+}
+
+fastq_status fastq_pack_weight(const fastq_weight* plain, const fastq_tensor* packed) {
+  return guarded([&] {
+    fastq::pack_weight(required(plain, "pack_weight: b"), required(packed, "pack_weight: packed"));
+  });
+}
+
+fastq_status fastq_quantize_per_token(const fastq_quantize_args* args) {
+  return guarded(
+      [&] { fastq::quantize_per_token(required(args, "quantize_per_token: args")); });
+}
+
+fastq_status fastq_quantize_per_channel(const fastq_quantize_args* args) {
+  return guarded(
+      [&] { fastq::quantize_per_channel(required(args, "quantize_per_channel: args")); });
+}
+
+fastq_status fastq_dequantize(const fastq_dequantize_args* args) {
+  return guarded([&] { fastq::dequantize(required(args, "dequantize: args")); });
+}
+
+}  // extern "C"

@@ -1,0 +1,106 @@
+#include "core/tensor.hpp"
+
+#include <array>
+#include <cstdlib>
+#include <utility>
+
+#include "core/error.hpp"
+
+namespace fastq {
+
+int64_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+    case DType::kInt32:
+      return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+    case DType::kInt8:
+    case DType::kUInt8:
+      return 1;
+    case DType::kNone:
+      break;
+  }
+  return 0;
+}
+
+const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::kNone:
+      return "none";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kInt8:
+      return "int8";
+    case DType::kInt32:
+      return "int32";
+    case DType::kUInt8:
+      return "uint8";
+  }
+  return "unknown";
+}
+
+std::string device_name(const TensorView& t) {
+  return device_of(t) == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(t.device_index);
+}
+
+std::string shape_text(const TensorView& t) {
+  std::string text = "(";
+  for (int i = 0; i < t.rank; ++i) {
+    if (i > 0) text += ", ";
+    text += std::to_string(t.sizes[i]);
+  }
+  if (t.rank == 1) text += ",";
+  return text + ")";
+}
+
+int64_t numel(const TensorView& t) {
+  int64_t count = 1;
+  for (int i = 0; i < t.rank; ++i) count *= t.sizes[i];
+  return count;
+}
+
+ByteRange byte_range(const TensorView& t) {
+  const auto base = reinterpret_cast<uintptr_t>(t.data);
+  if (numel(t) == 0) return {base, base};
+  int64_t low = 0, high = 0;
+  for (int i = 0; i < t.rank; ++i) {
+    const int64_t reach = (t.sizes[i] - 1) * t.strides[i];
+    (reach < 0 ? low : high) += reach;
+  }
+  const int64_t size = element_size(dtype_of(t));
+  return {base + static_cast<uintptr_t>(low * size), base + static_cast<uintptr_t>((high + 1) * size)};
+}
+
+bool may_overlap(const TensorView& x, const TensorView& y) {
+  if (x.device_type != y.device_type || x.device_index != y.device_index) return false;
+  const ByteRange a = byte_range(x), b = byte_range(y);
+  return a.begin < b.end && b.begin < a.end;
+}
+
+bool overlaps_itself(const TensorView& t) {
+  if (numel(t) < 2) return false;
+  // (|stride|, size), sorted by insertion: there are at most eight.
+  std::array<std::pair<int64_t, int64_t>, FASTQ_MAX_RANK> dims;
+  int count = 0;
+  for (int i = 0; i < t.rank; ++i) {
+    if (t.sizes[i] == 1) continue;
+    const std::pair<int64_t, int64_t> dim{std::llabs(t.strides[i]), t.sizes[i]};
+    int at = count++;
+    for (; at > 0 && dim < dims[at - 1]; --at) dims[at] = dims[at - 1];
+    dims[at] = dim;
+  }
+  int64_t reach = 0;  // the largest offset that the smaller dimensions come to
+  for (int i = 0; i < count; ++i) {
+    if (dims[i].first <= reach) return true;
+    reach += dims[i].first * (dims[i].second - 1);
+  }
+  return false;
+}
+
+}  // namespace fastq

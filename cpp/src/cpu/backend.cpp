@@ -1,0 +1,35 @@
+// The CPU's entries in the table of backends.
+#include "core/backend.hpp"
+
+#include <string>
+
+#include "cpu/dequantize/dequantize.hpp"
+#include "cpu/int8_gemm/int8_gemm.hpp"
+#include "cpu/int8_gemm/pack.hpp"
+#include "cpu/isa.hpp"
+#include "cpu/quantize/quantize.hpp"
+#include "cpu/thread_pool.hpp"
+
+namespace fastq::cpu {
+namespace {
+
+std::string describe() {
+  return std::string("{\"isa\":\"") + isa_name(active_isa()) +
+         "\",\"threads\":" + std::to_string(get_num_threads()) +
+         ",\"available\":" + supported_isas_json() + "}";
+}
+
+// The table of backends keeps its address.
+const Backend kBackend = {int8_gemm_workspace_size,
+                          int8_gemm,
+                          int8_gemm_describe,
+                          packed_weight_size,
+                          pack_weight,
+                          quantize,
+                          dequantize,
+                          describe};
+
+[[maybe_unused]] const bool registered = register_backend(DeviceType::kCpu, kBackend);
+
+}  // namespace
+}  // namespace fastq::cpu

@@ -1,0 +1,8 @@
+#include "cpu/dequantize/dequantize_kernels.hpp"
+#include "cpu/dequantize/dequantize_rows.hpp"
+
+namespace fastq::cpu {
+
+const DequantizeRows kDequantizeRowsAvx512 = dequantize_rows;
+
+}  // namespace fastq::cpu

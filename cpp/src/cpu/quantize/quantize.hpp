@@ -1,0 +1,10 @@
+// Row-wise symmetric quantisation and its inverse on the CPU.
+#pragma once
+
+#include "core/backend.hpp"
+
+namespace fastq::cpu {
+
+void quantize(const QuantizeProblem& problem);
+
+}  // namespace fastq::cpu

@@ -1,0 +1,10 @@
+// dequantize on CUDA.
+#pragma once
+
+#include "core/backend.hpp"
+
+namespace fastq::cuda {
+
+void dequantize(const DequantizeProblem& problem);
+
+}  // namespace fastq::cuda

@@ -1,0 +1,126 @@
+// The epilogue of the sm_90a GEMMs as one node of CUTLASS's epilogue visitor tree: takes the int32
+// accumulators and gives output words (see dequantize.cuh for the arithmetic).
+//
+// scale_a, scale_b and bias of the tile are first gathered into shared memory, which is where any
+// stride, a scalar (stride 0), any dtype and the matrix's edge are dealt with; the loop over the
+// fragments then reads shared memory at offsets known to the compiler.
+#pragma once
+
+#include <cutlass/cutlass.h>
+
+#include <cute/tensor.hpp>
+#include <cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp>
+
+#include "epilogue/dequantize.cuh"
+
+namespace fastq::cuda {
+
+template <class CtaTileMNK, class Word>
+struct Sm90DequantizeVisitor {
+  static constexpr int kTileM = cute::size<0>(CtaTileMNK{});
+  static constexpr int kTileN = cute::size<1>(CtaTileMNK{});
+
+  struct SharedStorage {
+    alignas(16) float scale_a[kTileM];
+    alignas(16) float scale_b[kTileN];
+    alignas(16) float bias[kTileN];
+  };
+  using Arguments = DequantizeParams;
+  using Params = DequantizeParams;
+
+  template <class ProblemShape>
+  static constexpr Params to_underlying_arguments(const ProblemShape&, const Arguments& args, void*) {
+    return args;
+  }
+  template <class ProblemShape>
+  static bool can_implement(const ProblemShape&, const Arguments&) {
+    return true;
+  }
+  template <class ProblemShape>
+  static size_t get_workspace_size(const ProblemShape&, const Arguments&) {
+    return 0;
+  }
+  template <class ProblemShape>
+  static cutlass::Status initialize_workspace(const ProblemShape&, const Arguments&, void*,
+                                              cudaStream_t, cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+
+  CUTLASS_HOST_DEVICE Sm90DequantizeVisitor() {}
+  CUTLASS_HOST_DEVICE Sm90DequantizeVisitor(const Params& p, const SharedStorage& storage)
+      : params(&p), shared(const_cast<SharedStorage*>(&storage)) {}
+
+  const Params* params = nullptr;
+  SharedStorage* shared = nullptr;
+
+  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
+  CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
+
+  template <class... Args>
+  CUTLASS_DEVICE auto get_producer_load_callbacks(
+      const cutlass::epilogue::fusion::detail::ProducerLoadArgs<Args...>&) {
+    return cutlass::epilogue::fusion::detail::EmptyProducerLoadCallbacks{};
+  }
+
+  // coords: (CPY, CPY_M, CPY_N, EPI_M, EPI_N) -> (m, n) relative to this thread's first element,
+  // all static.
+  template <class Coords>
+  struct Callbacks : cutlass::epilogue::fusion::detail::EmptyConsumerStoreCallbacks {
+    CUTLASS_DEVICE Callbacks(const Params* p, SharedStorage* s, Coords c, int m, int n, int M, int N,
+                             int thread_m, int thread_n, int thread, int threads)
+        : params(p), shared(s), coords(c), tile_m(m), tile_n(n), size_m(M), size_n(N),
+          first_m(thread_m), first_n(thread_n), thread_index(thread), thread_count(threads) {}
+
+    const Params* params;
+    SharedStorage* shared;
+    Coords coords;
+    int tile_m, tile_n, size_m, size_n;  // the tile's origin and the matrix's sizes
+    int first_m, first_n;                // this thread's first element within the tile
+    int thread_index, thread_count;
+
+    CUTLASS_DEVICE void begin() {
+      for (int i = thread_index; i < kTileM; i += thread_count) {
+        shared->scale_a[i] = load_or(params->scale_a, tile_m + i, size_m, 0.0f);
+      }
+      for (int i = thread_index; i < kTileN; i += thread_count) {
+        shared->scale_b[i] = load_or(params->scale_b, tile_n + i, size_n, 0.0f);
+        shared->bias[i] = load_or(params->bias, tile_n + i, size_n, 0.0f);
+      }
+    }
+
+    // What begin() wrote is read by every thread of the tile.
+    CUTLASS_DEVICE bool begin_sync_needed() const { return true; }
+
+    template <class Accumulator, int kSize>
+    CUTLASS_DEVICE cutlass::Array<Word, kSize> visit(const cutlass::Array<Accumulator, kSize>& acc,
+                                                     int epi_v, int epi_m, int epi_n) {
+      cutlass::Array<Word, kSize> out;
+      const bool has_bias = params->bias.data != nullptr;
+      auto coords_mn = coords(cute::_, cute::_, cute::_, epi_m, epi_n);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kSize; ++i) {
+        const auto mn = coords_mn(epi_v * kSize + i);
+        const int m = first_m + cute::get<0>(mn), n = first_n + cute::get<1>(mn);
+        const float value =
+            dequantize(acc[i], shared->scale_a[m], shared->scale_b[n], shared->bias[n], has_bias);
+        out[i] = output_word<Word>(acc[i], value, params->kind);
+      }
+      return out;
+    }
+  };
+
+  template <bool kReferenceSource, class... Args>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(
+      const cutlass::epilogue::fusion::detail::ConsumerStoreArgs<Args...>& args) {
+    const auto [M, N, K, L] = args.problem_shape_mnkl;
+    const auto [m, n, k, l] = args.tile_coord_mnkl;
+    const int tile_m = static_cast<int>(m) * kTileM, tile_n = static_cast<int>(n) * kTileN;
+    // residue_tCcD is (M, N) minus this thread's first absolute coordinate.
+    const int thread_m = static_cast<int>(M) - cute::get<0>(args.residue_tCcD) - tile_m;
+    const int thread_n = static_cast<int>(N) - cute::get<1>(args.residue_tCcD) - tile_n;
+    return Callbacks<decltype(args.tCcD)>(params, shared, args.tCcD, tile_m, tile_n, M, N, thread_m,
+                                          thread_n, args.thread_idx, cute::size(args.tiled_mma));
+  }
+};
+
+}  // namespace fastq::cuda

@@ -1,0 +1,112 @@
+#include "int8_gemm/int8_gemm.hpp"
+
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "core/error.hpp"
+#include "int8_gemm/int8_gemm_config.hpp"
+#include "int8_gemm/int8_gemm_kernels.hpp"
+#include "int8_gemm/relayout.hpp"
+#include "runtime/device.hpp"
+
+namespace fastq::cuda {
+namespace {
+
+std::vector<GemmKernel>& kernels() {
+  static std::vector<GemmKernel> list;
+  return list;
+}
+
+GemmDevice gemm_device(const DeviceProps& props) {
+  return {props.cc_major, props.cc_minor, props.sm_count, built_for_sm90a()};
+}
+
+GemmChoice choose(const Int8GemmProblem& p) {
+  if (p.M > INT32_MAX || p.N > INT32_MAX) {
+    not_implemented("int8_gemm: M = " + std::to_string(p.M) + ", N = " + std::to_string(p.N) +
+                    ", expected at most 2147483647 each on CUDA");
+  }
+  const char* forced = std::getenv("FASTQ_KERNELS");
+  const bool any = forced == nullptr || *forced == '\0';
+  const bool sm80 = !any && std::strcmp(forced, "sm80") == 0;
+  const bool sm90 = !any && std::strcmp(forced, "sm90") == 0;
+  if (!any && !sm80 && !sm90) {
+    invalid_value(std::string("FASTQ_KERNELS is ") + forced + ", expected sm80 or sm90");
+  }
+  const GemmDevice device = gemm_device(device_props(p.device_index));
+  const GemmChoice choice = select_config(gemm_shape(p), device, sm80);
+  if (sm90 && choice.family != KernelFamily::kSm90) {
+    not_implemented(std::string("int8_gemm: FASTQ_KERNELS=sm90, but ") + choice.reason);
+  }
+  return choice;
+}
+
+[[maybe_unused]] const bool registered = register_loader([](const DeviceProps& props) {
+  for (const GemmKernel& kernel : kernels()) {
+    if (kernel.family == KernelFamily::kSm80 || props.cc_major == 9) kernel.load();
+  }
+});
+
+}  // namespace
+
+bool register_gemm_kernel(const GemmKernel& kernel) {
+  kernels().push_back(kernel);
+  return true;
+}
+
+const GemmKernel* find_gemm_kernel(KernelFamily family, const TileConfig& tile, int output_bytes) {
+  for (const GemmKernel& kernel : kernels()) {
+    if (kernel.family == family && kernel.tile == tile && kernel.output_bytes == output_bytes) {
+      return &kernel;
+    }
+  }
+  return nullptr;
+}
+
+size_t int8_gemm_workspace_size(const Int8GemmProblem& p) { return choose(p).workspace_size(); }
+
+void int8_gemm(const Int8GemmProblem& p, void* workspace, size_t) {
+  const GemmChoice choice = choose(p);
+  const int output_bytes = static_cast<int>(element_size(p.out_dtype));
+  const GemmKernel* kernel = find_gemm_kernel(choice.family, choice.tile, output_bytes);
+  if (kernel == nullptr) {
+    not_implemented("int8_gemm: this build holds no instance " + config_name(choice.tile));
+  }
+  const DeviceGuard guard(p.device_index);
+  const DeviceProps& props = device_props(p.device_index);
+  const auto stream = static_cast<cudaStream_t>(p.stream);
+
+  // TMA wants a row stride even where there is one row.
+  const int64_t padded_k = round_up(p.K, 16);
+  GemmLaunch launch{&p,
+                    p.a,
+                    p.M == 1 ? padded_k : p.stride_am,
+                    p.b,
+                    p.N == 1 ? padded_k : p.stride_bn,
+                    &props,
+                    stream};
+  auto* space = static_cast<int8_t*>(workspace);
+  if (choice.relayout_a) {
+    relayout(p.a, p.stride_am, p.stride_ak, p.M, p.K, space, padded_k, stream);
+    launch.a = space, launch.ld_a = padded_k;
+    space += choice.relayout_a_bytes;
+  }
+  if (choice.relayout_b) {
+    relayout(p.b, p.stride_bn, p.stride_bk, p.N, p.K, space, padded_k, stream);
+    launch.b = space, launch.ld_b = padded_k;
+  }
+  kernel->launch(launch);
+}
+
+std::string int8_gemm_describe(const Int8GemmProblem& p) {
+  const GemmChoice choice = choose(p);
+  std::string text = choice.family == KernelFamily::kSm90 ? "cuda/sm90/" : "cuda/sm80/";
+  text += config_name(choice.tile);
+  if (choice.relayout_a) text += "+relayout_a";
+  if (choice.relayout_b) text += "+relayout_b";
+  if (*choice.reason != '\0') text += std::string(" (") + choice.reason + ")";
+  return text;
+}
+
+}  // namespace fastq::cuda

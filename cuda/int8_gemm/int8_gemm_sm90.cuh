@@ -1,0 +1,145 @@
+// INT8 GEMM for Hopper (sm_90a): out (M, N) = dequantize(a (M, K) . b (N, K)^T), see
+// epilogue/dequantize.cuh for the epilogue's formula.
+//
+// a and b are int8 with K contiguous, which is the only form INT8 WGMMA reads. A producer warp
+// brings tiles of both to shared memory by TMA, in as many stages as fit; two consumer warpgroups
+// multiply (WGMMA, int32 accumulators, exact). In the ping-pong schedule each warpgroup has a tile
+// of its own and one's epilogue runs under the other's main loop; in the cooperative one both share
+// a tile of twice the size. The grid is persistent, clusters share tiles by TMA multicast. Built
+// from CUTLASS 3's collectives; ours are the epilogue node, the launch and the descriptor cache.
+#pragma once
+
+#include <cutlass/cutlass.h>
+
+#include <cute/tensor.hpp>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+#include <cutlass/gemm/kernel/tile_scheduler.hpp>
+
+#include "epilogue/sm90_dequantize_visitor.cuh"
+#include "int8_gemm/int8_gemm_kernels.hpp"
+#include "runtime/tma_cache.hpp"
+
+namespace fastq::cuda {
+
+template <int kTileM, int kTileN, int kTileK, int kClusterM, int kClusterN, Schedule kSchedule,
+          class Word>
+struct Sm90Gemm {
+  static constexpr bool kPingpong = kSchedule == Schedule::kPingpong;
+  using Tile = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kTileK>>;
+  using Cluster = cute::Shape<cute::Int<kClusterM>, cute::Int<kClusterN>, cute::_1>;
+  using RowMajor = cutlass::layout::RowMajor;
+  using ColumnMajor = cutlass::layout::ColumnMajor;
+  using Visitor = Sm90DequantizeVisitor<Tile, Word>;
+
+  using MainloopSchedule =
+      std::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
+                         cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
+  using EpilogueSchedule =
+      std::conditional_t<kPingpong, cutlass::epilogue::TmaWarpSpecialized,
+                         cutlass::epilogue::TmaWarpSpecializedCooperative>;
+
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, void, RowMajor,
+      16 / sizeof(Word), Word, RowMajor, 16 / sizeof(Word), EpilogueSchedule, Visitor>::CollectiveOp;
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, RowMajor, 16, int8_t, ColumnMajor,
+      16, int32_t, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
+          sizeof(typename Epilogue::SharedStorage))>,
+      MainloopSchedule>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
+                                                      Epilogue, cutlass::gemm::PersistentScheduler>;
+
+  static void load() {
+    check(cudaFuncSetAttribute(cutlass::device_kernel<Kernel>,
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               Kernel::SharedStorageSize),
+          "loading an sm_90a INT8 GEMM");
+  }
+
+  static auto problem_shape(const Int8GemmProblem& p) {
+    return cute::make_shape(int(p.M), int(p.N), int(p.K), 1);
+  }
+
+  // The collectives tell int8 and uint8 apart in the MMA only, not in TMA.
+  static auto as_tma_element(const int8_t* data) {
+    return reinterpret_cast<const typename Mainloop::InternalElementA*>(data);
+  }
+
+  // Encoding a TMA descriptor costs the host about as much as a launch. One depends on nothing but
+  // what is in its key, so each is kept: weights, and buffers that the allocator gives again.
+  static typename Mainloop::Params mainloop_params(const GemmLaunch& launch) {
+    const Int8GemmProblem& p = *launch.problem;
+    typename Mainloop::Params params;
+    params.tma_load_a = cached_tma<typename Mainloop::Params::TMA_A>(
+        {launch.a, p.M, p.K, launch.ld_a}, [&] {
+          auto a = cute::make_tensor(as_tma_element(launch.a), cute::make_shape(int(p.M), int(p.K), 1),
+                                     cute::make_stride(launch.ld_a, cute::_1{}, int64_t{0}));
+          return cute::make_tma_copy_A_sm90(
+              typename Mainloop::GmemTiledCopyA{}, a,
+              typename Mainloop::SmemLayoutA{}(cute::_, cute::_, cute::_0{}), Tile{}, Cluster{});
+        });
+    params.tma_load_b = cached_tma<typename Mainloop::Params::TMA_B>(
+        {launch.b, p.N, p.K, launch.ld_b}, [&] {
+          auto b = cute::make_tensor(as_tma_element(launch.b), cute::make_shape(int(p.N), int(p.K), 1),
+                                     cute::make_stride(launch.ld_b, cute::_1{}, int64_t{0}));
+          return cute::make_tma_copy_B_sm90(
+              typename Mainloop::GmemTiledCopyB{}, b,
+              typename Mainloop::SmemLayoutB{}(cute::_, cute::_, cute::_0{}), Tile{}, Cluster{});
+        });
+    return params;
+  }
+
+  static typename Epilogue::Params epilogue_params(const GemmLaunch& launch) {
+    const Int8GemmProblem& p = *launch.problem;
+    typename Epilogue::Params params{};
+    params.thread = {p.scale_a, p.scale_b, p.bias, output_kind(p.out_dtype)};
+    // A single row has no row stride of its own to speak of; TMA still wants a multiple of 16 bytes.
+    const int64_t ld =
+        p.M == 1 ? round_up(p.N, 16 / static_cast<int64_t>(sizeof(Word))) : p.stride_om;
+    params.tma_store_d = cached_tma<typename Epilogue::Params::TMA_D>({p.out, p.M, p.N, ld}, [&] {
+      const auto stride = cute::make_stride(ld, cute::_1{}, int64_t{0});
+      const typename Epilogue::Arguments args{params.thread, nullptr, stride,
+                                              static_cast<Word*>(p.out), stride};
+      return Epilogue::to_underlying_arguments(problem_shape(p), args, nullptr).tma_store_d;
+    });
+    return params;
+  }
+
+  static void launch(const GemmLaunch& launch) {
+    const Int8GemmProblem& p = *launch.problem;
+    using Scheduler = typename Kernel::TileScheduler;
+    cutlass::KernelHardwareInfo hardware{p.device_index, launch.device->sm_count};
+    const auto shape = problem_shape(p);
+    typename Kernel::Params params{cutlass::gemm::GemmUniversalMode::kGemm,
+                                   shape,
+                                   mainloop_params(launch),
+                                   epilogue_params(launch),
+                                   hardware,
+                                   Scheduler::to_underlying_arguments(shape, Tile{}, Cluster{},
+                                                                      hardware, {}, nullptr)};
+    cudaLaunchConfig_t config{};
+    config.gridDim = Kernel::get_grid_shape(params);
+    config.blockDim = Kernel::get_block_shape();
+    config.dynamicSmemBytes = Kernel::SharedStorageSize;
+    config.stream = launch.stream;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {kClusterM, kClusterN, 1};
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, cutlass::device_kernel<Kernel>, params),
+          "launching an sm_90a INT8 GEMM");
+  }
+
+  static bool register_kernel() {
+    const TileConfig tile{kTileM, kTileN, kTileK, kClusterM, kClusterN, kSchedule};
+    return register_gemm_kernel(
+        {KernelFamily::kSm90, tile, static_cast<int>(sizeof(Word)), &launch, &load});
+  }
+};
+
+}  // namespace fastq::cuda

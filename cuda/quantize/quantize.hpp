@@ -1,0 +1,10 @@
+// quantize on CUDA: one scale a row.
+#pragma once
+
+#include "core/backend.hpp"
+
+namespace fastq::cuda {
+
+void quantize(const QuantizeProblem& problem);
+
+}  // namespace fastq::cuda

@@ -1,0 +1,49 @@
+// Devices, errors and the current device: what every CUDA op needs from the runtime.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+namespace fastq::cuda {
+
+// Throws the CUDA message, with what was being done; explains the cases that a user can mend.
+void check(cudaError_t error, const char* doing);
+
+struct DeviceProps {
+  int cc_major = 0, cc_minor = 0;
+  int sm_count = 0;
+  int shared_memory_per_block = 0;  // the most a block may opt in to, bytes
+  int l2_bytes = 0;
+  std::string name;
+};
+
+// Read once per device. The first call initialises CUDA.
+const DeviceProps& device_props(int device);
+
+// Kernels are loaded lazily by the runtime, and must not be while a graph is captured. So each file
+// of kernels registers how its own are loaded (from a static initialiser), and the first op on a
+// device loads them all.
+bool register_loader(void (*load)(const DeviceProps&));
+void load_kernel(const void* kernel);
+
+// Makes `device` current for a scope; the first scope on a device loads every kernel there.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0, device_ = 0;
+};
+
+// The architectures this build has code for, as CMake was told: "80;90a".
+std::string built_archs();
+bool built_for_sm90a();
+
+// A JSON object for fastq_describe.
+std::string describe();
+
+}  // namespace fastq::cuda

@@ -1,0 +1,36 @@
+"""fastq: INT8 transformer kernels and a small runtime on top of them."""
+
+from . import distributions as _distributions
+
+_distributions.warn_of_clash()
+
+from . import nn  # noqa: E402
+from ._core import version as _version  # noqa: E402
+from .ops import (  # noqa: E402
+    PackedWeight,
+    dequantize,
+    describe,
+    describe_int8_gemm,
+    get_num_threads,
+    int8_gemm,
+    pack_weight,
+    quantize_per_channel,
+    quantize_per_token,
+    set_num_threads,
+)
+
+__version__ = _version()
+
+__all__ = [
+    "PackedWeight",
+    "dequantize",
+    "describe",
+    "describe_int8_gemm",
+    "get_num_threads",
+    "int8_gemm",
+    "nn",
+    "pack_weight",
+    "quantize_per_channel",
+    "quantize_per_token",
+    "set_num_threads",
+]

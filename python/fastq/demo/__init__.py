@@ -1,0 +1,1 @@
+"""The shipped model, how it was trained, and `fastq demo`."""

@@ -1,0 +1,200 @@
+"""`fastq demo`: the shipped model in its own precision and in INT8, side by side."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__, ops
+from ..nn import Int8Linear
+from ..quantization import quantize
+from ..runtime import LlamaForCausalLM, Tokenizer, generate_tokens, load_model
+from . import corpus
+from .perplexity import nats_per_token, windows
+
+MODEL_FOLDER = Path(__file__).parent / "model"
+PROMPT = '''import os
+
+
+def find_files(folder, pattern):
+    """Return the paths of the files'''
+SEED = 1
+SAMPLING = {"temperature": 0.6, "top_k": 40, "top_p": 0.95}
+_WARM_UP_TOKENS = 4
+
+# Called with a label and the number of tokens just done.
+Progress = Callable[[str, int], None]
+
+
+@dataclass
+class Figures:
+    """What one precision gives."""
+
+    precision: str
+    perplexity: float
+    weight_bytes: int
+    linear_weight_bytes: int
+    scored_tokens_per_second: float
+    generated_tokens_per_second: float
+    sample: str
+
+
+def pick_device(requested: str | None = None) -> tuple[torch.device, str | None]:
+    """The device to run on, and why not the GPU where there is one that fastq cannot use."""
+    if requested is not None:
+        return torch.device(requested), None
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), None
+    cuda = ops.describe()["cuda"]
+    if cuda is None or not cuda["devices"]:
+        return torch.device("cpu"), "fastq cannot use this machine's GPU: see `fastq doctor`"
+    return torch.device("cuda", torch.cuda.current_device()), None
+
+
+def run_demo(
+    *,
+    device: str | None = None,
+    max_tokens: int = 128,
+    folder: Path = MODEL_FOLDER,
+    stdlib: Path | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures both precisions and returns every figure; the keys are those of `--json`.
+
+    `on_start` is told how many tokens will be processed in all. The held-out text is read from
+    `stdlib`, by default the running Python's.
+    """
+    begin = time.perf_counter()
+    chosen, note = pick_device(device)
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer(folder)
+    dtype = None if _computes_bfloat16(chosen) else torch.float32
+    model = load_model(folder, device=chosen, dtype=dtype)
+    tokens = _held_out_tokens(tokenizer, model, stdlib)
+    report = on_progress or (lambda label, count: None)
+    if on_start is not None:
+        on_start(2 * (len(tokens) - 1 + max_tokens))
+    int8_model = quantize(copy.deepcopy(model))
+    own = str(model.dtype).removeprefix("torch.")
+    results = [
+        _measure(own, model, tokenizer, tokens, max_tokens, report),
+        _measure("int8", int8_model, tokenizer, tokens, max_tokens, report),
+    ]
+    ratio = results[1].perplexity / results[0].perplexity
+    return {
+        "fastq": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "device": str(chosen),
+        "device_name": _device_name(chosen),
+        "note": note,
+        "card": card,
+        "held_out_tokens": len(tokens) - 1,
+        "prompt": PROMPT,
+        "max_tokens": max_tokens,
+        "results": [asdict(figures) for figures in results],
+        "int8_perplexity_change": ratio - 1,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _held_out_tokens(tokenizer: Tokenizer, model: LlamaForCausalLM, stdlib: Path | None) -> Tensor:
+    start = model.config.bos_token_id
+    ids = []
+    for text_ids in tokenizer.encode_batch(list(corpus.held_out_texts(stdlib).values())):
+        ids.append(start)
+        ids.extend(text_ids)
+    return torch.tensor(ids, dtype=torch.int64, device=model.device)
+
+
+def _measure(
+    precision: str,
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    tokens: Tensor,
+    max_tokens: int,
+    report: Progress,
+) -> Figures:
+    context = model.config.max_position_embeddings
+    prompt = [model.config.bos_token_id, *tokenizer.encode(PROMPT)]
+    list(_generate(model, prompt, _WARM_UP_TOKENS))
+
+    with torch.no_grad():
+        model(windows(tokens[: 8 * context], context)[0])
+    begin = _synchronised_time(model.device)
+    nats = nats_per_token(
+        model, tokens, context, on_progress=lambda n: report(f"{precision}: perplexity", n)
+    )
+    scoring = _synchronised_time(model.device) - begin
+
+    begin = _synchronised_time(model.device)
+    generated = []
+    for token in _generate(model, prompt, max_tokens):
+        generated.append(token)
+        report(f"{precision}: generation", 1)
+    generating = _synchronised_time(model.device) - begin
+
+    new = torch.cat(generated).tolist()
+    end = next((i for i, t in enumerate(new) if t in model.config.eos_token_ids), len(new))
+    linear = [m for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear))]
+    linear = [m for m in linear if m is not model.lm_head]
+    return Figures(
+        precision=precision,
+        perplexity=math.exp(nats),
+        weight_bytes=weight_bytes(model),
+        linear_weight_bytes=sum(weight_bytes(m) for m in linear),
+        scored_tokens_per_second=(len(tokens) - 1) / scoring,
+        generated_tokens_per_second=max_tokens / generating,
+        sample=tokenizer.decode(new[:end]),
+    )
+
+
+def _generate(model: LlamaForCausalLM, prompt: list[int], max_tokens: int):
+    generator = torch.Generator(device=model.device).manual_seed(SEED)
+    return generate_tokens(
+        model,
+        prompt,
+        max_new_tokens=max_tokens,
+        eos_token_ids=(),
+        generator=generator,
+        **SAMPLING,
+    )
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers, a shared one counted once."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def _synchronised_time(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are as fast as float32 ones; on an older CPU they crawl."""
+    if device.type != "cpu":
+        return True
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # a torch built without oneDNN
+        return False
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {ops.get_num_threads()} threads"

@@ -1,0 +1,349 @@
+"""The ops on torch tensors: INT8 GEMM, quantisation and dequantisation.
+
+Each op is a torch custom op in the namespace ``fastq`` with a fake kernel, so ``torch.compile``
+and CUDA graphs take it; the functions here check what the native library cannot see (autograd),
+allocate outputs and call the op. Scales are float32 multipliers: ``x ~ q * s``.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _core
+
+_OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class PackedWeight(NamedTuple):
+    """A CPU weight in the form that its kernels read fastest; see :func:`pack_weight`.
+
+    ``data`` is uint8 ``(bytes,)``; ``k`` and ``n`` are the sizes of the ``(K, N)`` operand.
+    """
+
+    data: Tensor
+    k: int
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.k, self.n)
+
+
+_library = torch.library.Library("fastq", "DEF")
+_library.define(
+    "int8_gemm(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, ScalarType out_dtype, "
+    "SymInt[]? packed_shape) -> Tensor"
+)
+_library.define(
+    "int8_gemm.out(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, "
+    "SymInt[]? packed_shape, *, Tensor(a!) out) -> ()"
+)
+_library.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
+_library.define("quantize_per_channel(Tensor w) -> (Tensor, Tensor)")
+_library.define("dequantize(Tensor q, Tensor s, ScalarType out_dtype) -> Tensor")
+_library.define("dequantize.out(Tensor q, Tensor s, *, Tensor(a!) out) -> ()")
+
+
+def _gemm_shape(a: Tensor, b: Tensor, packed_shape: Any) -> tuple[int, ...]:
+    if a.dim() < 2:
+        raise ValueError(f"int8_gemm: a has shape {tuple(a.shape)}, expected (..., M, K)")
+    if packed_shape is None and b.dim() != 2:
+        raise ValueError(f"int8_gemm: b has shape {tuple(b.shape)}, expected (K, N)")
+    n = b.shape[1] if packed_shape is None else packed_shape[1]
+    return (*a.shape[:-1], n)
+
+
+def _int8_gemm(a, b, sa, sb, bias, out_dtype, packed_shape):
+    out = torch.empty(_gemm_shape(a, b, packed_shape), dtype=out_dtype, device=a.device)
+    _core.int8_gemm(a, b, sa, sb, bias, out, packed_shape)
+    return out
+
+
+def _int8_gemm_out(a, b, sa, sb, bias, packed_shape, *, out):
+    _core.int8_gemm(a, b, sa, sb, bias, out, packed_shape)
+
+
+def _int8_gemm_fake(a, b, sa, sb, bias, out_dtype, packed_shape):
+    k = b.shape[0] if packed_shape is None else packed_shape[0]
+    shape = _gemm_shape(a, b, packed_shape)
+    torch._check_value(
+        a.shape[-1] == k, lambda: f"int8_gemm: a has shape {tuple(a.shape)}, expected K = {k}"
+    )
+    return a.new_empty(shape, dtype=out_dtype)
+
+
+def _quantize(entry, x):
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    per_token = entry is _core.quantize_per_token
+    shape = (*x.shape[:-1], 1) if per_token else x.shape[:-1]
+    s = torch.empty(shape, dtype=torch.float32, device=x.device)
+    entry(x, q, s)
+    return q, s
+
+
+def _quantize_per_token(x):
+    return _quantize(_core.quantize_per_token, x)
+
+
+def _quantize_per_channel(w):
+    return _quantize(_core.quantize_per_channel, w)
+
+
+def _quantize_per_token_fake(x):
+    q = x.new_empty(x.shape, dtype=torch.int8)
+    return q, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _quantize_per_channel_fake(w):
+    return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(w.shape[:-1], dtype=torch.float32)
+
+
+def _dequantize(q, s, out_dtype):
+    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    _core.dequantize(q, s, out)
+    return out
+
+
+def _dequantize_out(q, s, *, out):
+    _core.dequantize(q, s, out)
+
+
+def _dequantize_fake(q, s, out_dtype):
+    return q.new_empty(q.shape, dtype=out_dtype)
+
+
+# One registration serves every device: the native library itself tells the devices apart. There
+# are no autograd kernels on purpose: they would cost microseconds a call.
+for _name, _kernel, _fake in (
+    ("int8_gemm", _int8_gemm, _int8_gemm_fake),
+    ("int8_gemm.out", _int8_gemm_out, lambda *args, **kwargs: None),
+    ("quantize_per_token", _quantize_per_token, _quantize_per_token_fake),
+    ("quantize_per_channel", _quantize_per_channel, _quantize_per_channel_fake),
+    ("dequantize", _dequantize, _dequantize_fake),
+    ("dequantize.out", _dequantize_out, lambda *args, **kwargs: None),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastq::{_name}", _fake, lib=_library)
+
+_int8_gemm_op = torch.ops.fastq.int8_gemm.default
+_int8_gemm_out_op = torch.ops.fastq.int8_gemm.out
+_quantize_per_token_op = torch.ops.fastq.quantize_per_token.default
+_quantize_per_channel_op = torch.ops.fastq.quantize_per_channel.default
+_dequantize_op = torch.ops.fastq.dequantize.default
+_dequantize_out_op = torch.ops.fastq.dequantize.out
+
+
+_OPTIONAL = frozenset(("sa", "sb", "bias", "out"))
+
+
+def _check_tensors(op: str, **tensors: Tensor | None) -> None:
+    """Every argument is a tensor, and none asks for a gradient that the op would drop."""
+    grad = torch.is_grad_enabled()
+    for name, tensor in tensors.items():
+        if tensor is None and name in _OPTIONAL:
+            continue
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise TypeError(f"{op}: {name} is a {kind}, expected a torch.Tensor")
+        if grad and tensor.requires_grad:
+            raise ValueError(
+                f"{op}: {name} requires grad, and {op} has no gradient; call it under "
+                f"torch.no_grad() or pass {name}.detach()"
+            )
+
+
+def _check_dtype(op: str, dtype: Any, allowed: tuple[torch.dtype, ...]) -> None:
+    if dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: out_dtype is {dtype}, expected one of {names}")
+
+
+def _check_out_dtype(op: str, out: Tensor, out_dtype: torch.dtype | None) -> None:
+    if out_dtype is not None and out_dtype != out.dtype:
+        raise TypeError(f"{op}: out has dtype {out.dtype}, expected out_dtype = {out_dtype}")
+
+
+def _as_scale(value: Tensor | float | None, device: torch.device) -> Tensor | None:
+    if isinstance(value, (int, float)):
+        return torch.full((), value, dtype=torch.float32, device=device)
+    return value
+
+
+def int8_gemm(
+    a: Tensor,
+    b: Tensor | PackedWeight,
+    sa: Tensor | float | None,
+    sb: Tensor | float | None,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """INT8 matrix product with per-token and per-channel scales.
+
+    ``out[m, n] = round_to(out_dtype, (f32(sum_k a[m,k] * b[k,n]) * sa[m]) * sb[n] + bias[n])``.
+    The integer sum is exact; scales and bias are applied in float32, in this order, each operation
+    rounded once, so a row's bits do not depend on the batch it came in.
+
+    Args:
+        a: int8 ``(..., M, K)``, any strides; K at most 131071.
+        b: int8 ``(K, N)``, any strides: ``w.t()`` of a weight ``(N, K)`` is the zero-copy fast
+            path. Or a :class:`PackedWeight` (CPU).
+        sa: float32 scale of a's rows: a scalar, ``a.shape[:-1]``, that plus ``(1,)``, or flat
+            ``(M,)`` or ``(M, 1)`` with M the product of the leading dimensions.
+        sb: float32 scale of b's columns: a scalar, ``(N,)`` or ``(1, N)``.
+        bias: ``(N,)`` or ``(1, N)``, of ``out_dtype`` or float32.
+        out_dtype: bfloat16 (the default), float16 or float32; int32 gives the raw sums and takes
+            ``sa=None, sb=None`` and no bias.
+        out: ``(..., M, N)`` to write into; its dtype is the output's. No overlap with an input.
+
+    Returns:
+        ``(..., M, N)`` of ``out_dtype`` on a's device; ``out`` when given.
+
+    Raises:
+        ValueError: a shape, a size, an overlap, or a tensor that requires grad.
+        TypeError: a dtype, a device, or not a tensor.
+        NotImplementedError: this build has no backend for the device.
+    """
+    packed_shape = None
+    if isinstance(b, PackedWeight):
+        b, packed_shape = b.data, b.shape
+    _check_tensors("int8_gemm", a=a, b=b, bias=bias, out=out)
+    if sa.__class__ is not Tensor:
+        sa = _as_scale(sa, a.device)
+    if sb.__class__ is not Tensor:
+        sb = _as_scale(sb, a.device)
+    _check_tensors("int8_gemm", sa=sa, sb=sb)
+    if out is not None:
+        if out_dtype is not None:
+            _check_out_dtype("int8_gemm", out, out_dtype)
+        _int8_gemm_out_op(a, b, sa, sb, bias, packed_shape, out=out)
+        return out
+    out_dtype = torch.bfloat16 if out_dtype is None else out_dtype
+    _check_dtype("int8_gemm", out_dtype, _OUT_DTYPES)
+    return _int8_gemm_op(a, b, sa, sb, bias, out_dtype, packed_shape)
+
+
+def describe_int8_gemm(
+    a: Tensor,
+    b: Tensor | PackedWeight,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> str:
+    """The kernel and configuration that :func:`int8_gemm` takes for these operands.
+
+    For example ``"cpu/amx/packed"``. Raises as :func:`int8_gemm` does.
+    """
+    packed_shape = None
+    if isinstance(b, PackedWeight):
+        b, packed_shape = b.data, b.shape
+    _check_tensors("int8_gemm", a=a, b=b)
+    out = torch.empty(_gemm_shape(a, b, packed_shape), dtype=out_dtype, device=a.device)
+    one = None if out_dtype == torch.int32 else torch.ones((), device=a.device)
+    return _core.int8_gemm_describe(a, b, one, one, None, out, packed_shape)
+
+
+def pack_weight(b: Tensor) -> PackedWeight:
+    """Rearranges an int8 ``(K, N)`` CPU operand, any strides, for :func:`int8_gemm`.
+
+    The packed form takes about ``K * N`` bytes and serves every instruction set. On CUDA the plain
+    form is the fastest and this raises NotImplementedError.
+    """
+    _check_tensors("pack_weight", b=b)
+    data = _core.pack_weight(b)
+    return PackedWeight(data, b.shape[0], b.shape[1])
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric INT8 quantisation with one dynamic scale per token (row of the last dimension).
+
+    ``s = absmax / 127`` (1 for a row of zeros), ``q = round_half_even(x / s)`` within +-127. A row
+    with a NaN or an Inf gets that scale and ``q = 0``, so what follows shows NaN.
+
+    Args:
+        x: float32, float16 or bfloat16 ``(..., K)``, any strides.
+
+    Returns:
+        ``q`` int8 like x (contiguous) and ``s`` float32 ``x.shape[:-1] + (1,)``.
+
+    Raises:
+        ValueError, TypeError: as :func:`int8_gemm`.
+
+    Source: ZeroQuant (Yao et al., 2022), token-wise quantisation.
+    """
+    _check_tensors("quantize_per_token", x=x)
+    if x.dim() < 1:
+        raise ValueError("quantize_per_token: x has shape (), expected (..., K)")
+    return _quantize_per_token_op(x)
+
+
+def quantize_per_channel(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric INT8 quantisation of a weight with one scale per output channel (row).
+
+    Args:
+        w: float32, float16 or bfloat16 ``(N, K)``, any strides, as ``nn.Linear.weight``.
+
+    Returns:
+        ``q`` int8 ``(N, K)`` (contiguous) and ``s`` float32 ``(N,)``; ``q.t()`` and ``s`` are what
+        :func:`int8_gemm` takes as ``b`` and ``sb``.
+
+    Raises:
+        ValueError, TypeError: as :func:`int8_gemm`.
+    """
+    _check_tensors("quantize_per_channel", w=w)
+    if w.dim() != 2:
+        raise ValueError(f"quantize_per_channel: w has shape {tuple(w.shape)}, expected (N, K)")
+    return _quantize_per_channel_op(w)
+
+
+def dequantize(
+    q: Tensor,
+    s: Tensor | float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``out[r, c] = round_to(out_dtype, f32(q[r, c]) * s[r])``.
+
+    Args:
+        q: int8 ``(..., K)``, any strides.
+        s: float32 scale of q's rows: a scalar, ``q.shape[:-1]`` or that plus ``(1,)``.
+        out_dtype: bfloat16 (the default), float16 or float32.
+        out: like q, to write into; its dtype is the output's.
+
+    Raises:
+        ValueError, TypeError: as :func:`int8_gemm`.
+    """
+    _check_tensors("dequantize", q=q, out=out)
+    if q.dim() < 1:
+        raise ValueError("dequantize: q has shape (), expected (..., K)")
+    if s.__class__ is not Tensor:
+        s = _as_scale(s, q.device)
+    _check_tensors("dequantize", s=s)
+    if out is not None:
+        _check_out_dtype("dequantize", out, out_dtype)
+        _dequantize_out_op(q, s, out=out)
+        return out
+    out_dtype = torch.bfloat16 if out_dtype is None else out_dtype
+    _check_dtype("dequantize", out_dtype, _FLOAT_DTYPES)
+    return _dequantize_op(q, s, out_dtype)
+
+
+def describe() -> dict[str, Any]:
+    """What the library was built with and what it finds; touches the CUDA driver."""
+    return json.loads(_core.describe())
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Sets the number of threads that the CPU backend uses, the caller included."""
+    _core.set_num_threads(num_threads)
+
+
+def get_num_threads() -> int:
+    """The number of threads that the CPU backend uses, the caller included."""
+    return _core.get_num_threads()

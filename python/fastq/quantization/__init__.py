@@ -1,0 +1,5 @@
+"""Post-training quantisation of whole models."""
+
+from .linear import quantize
+
+__all__ = ["quantize"]

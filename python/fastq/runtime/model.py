@@ -1,0 +1,252 @@
+"""A LLaMA-style decoder in plain torch.
+
+Modules and parameters carry the names of Hugging Face checkpoints, so that a state dict loads as
+it is, and every linear layer is an `nn.Linear`, so that `fastq.quantize` can replace it. The
+arithmetic follows transformers' `LlamaForCausalLM`: the norm in float32, rotary on halves of the
+head, SwiGLU. The model trains as well as it infers.
+
+Source: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import LlamaConfig
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated for `max_length` positions.
+
+    `keys` and `values` are (layers, batch, kv_heads, max_length, head_dim); the first `length`
+    positions hold data. The model writes new positions and advances `length`.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch_size: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (
+            config.num_hidden_layers,
+            batch_size,
+            config.num_key_value_heads,
+            max_length,
+            config.head_dim,
+        )
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def max_length(self) -> int:
+        return self.keys.shape[3]
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes (batch, kv_heads, seqlen, head_dim) after `length`; returns all up to there."""
+        end = self.length + key.shape[2]
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight, the mean in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+def rotary_table(config: LlamaConfig, start: int, length: int, like: Tensor) -> tuple[Tensor, ...]:
+    """cos and sin, (length, head_dim) in `like`'s dtype, of positions start .. start+length-1."""
+    # Computed anew, in float32: a buffer would be rounded by model.to(torch.bfloat16).
+    dim = config.head_dim
+    exponent = torch.arange(0, dim, 2, device=like.device, dtype=torch.float32) / dim
+    inverse_frequency = 1.0 / (config.rope_theta**exponent)
+    position = torch.arange(start, start + length, device=like.device, dtype=torch.float32)
+    angle = torch.outer(position, inverse_frequency)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x (..., seqlen, head_dim); element i pairs with i + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key and value heads."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.grouped = config.num_attention_heads != config.num_key_value_heads
+        heads = config.num_attention_heads * config.head_dim
+        kv_heads = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=bias)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, ...], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        query = apply_rotary(self._split_heads(self.q_proj(x)), *rotary)
+        key = apply_rotary(self._split_heads(self.k_proj(x)), *rotary)
+        value = self._split_heads(self.v_proj(x))
+        if cache is not None:
+            key, value = cache.update(self.layer, key, value)
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and query.shape[2] > 1,
+            enable_gqa=self.grouped,
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(size, inner, bias=bias)
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, ...], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids to normalised hidden states: everything but the output projection."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        start = 0 if cache is None else cache.length
+        length = input_ids.shape[1]
+        x = self.embed_tokens(input_ids)
+        rotary = rotary_table(self.config, start, length, x)
+        mask = None
+        if start and length > 1:  # SDPA's own causal mask would start at the first key
+            rows = torch.arange(start, start + length, device=x.device)
+            mask = torch.arange(start + length, device=x.device) <= rows[:, None]
+        for layer in self.layers:
+            x = layer(x, rotary, mask, cache)
+        if cache is not None:
+            cache.length = start + length
+        return self.norm(x)
+
+
+class LlamaForCausalLM(nn.Module):
+    """A LLaMA-style language model.
+
+    `model(input_ids, cache)` takes (batch, seqlen) int64 token ids and returns logits
+    (batch, seqlen, vocab_size). With a cache, the ids continue what the cache holds.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes `lm_head` share the embedding's weight where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache in the model's dtype and on its device."""
+        return KVCache(self.config, batch_size, max_length, dtype=self.dtype, device=self.device)
+
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, *, last_only: bool = False
+    ) -> Tensor:
+        """Logits (batch, seqlen, vocab_size), or (batch, 1, vocab_size) with `last_only`.
+
+        Raises ValueError for ids that are not (batch, seqlen >= 1) int64 or do not fit the cache.
+        """
+        _check_input(input_ids, cache)
+        hidden = self.model(input_ids, cache)
+        return self.lm_head(hidden[:, -1:] if last_only else hidden)
+
+
+def _check_input(input_ids: Tensor, cache: KVCache | None) -> None:
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.int64:
+        raise ValueError(
+            "model: input_ids must be (batch, seqlen >= 1) int64, got "
+            f"{tuple(input_ids.shape)} {input_ids.dtype}"
+        )
+    if cache is None:
+        return
+    if cache.batch_size != input_ids.shape[0]:
+        raise ValueError(
+            f"model: the cache holds {cache.batch_size} sequences, input_ids {input_ids.shape[0]}"
+        )
+    if cache.length + input_ids.shape[1] > cache.max_length:
+        raise ValueError(
+            f"model: the cache has room for {cache.max_length} positions; {cache.length} are "
+            f"taken and {input_ids.shape[1]} more were given"
+        )

@@ -1,0 +1,85 @@
+#include "tensor.hpp"
+
+namespace fastq_python {
+namespace {
+
+struct Call {
+  fastq_weight b = {};
+  fastq_int8_gemm_args args = {};
+};
+
+// `packed_shape` is (K, N) when b is a packed weight, else None.
+void fill(Call& call, py::handle a, py::handle b, py::handle sa, py::handle sb, py::handle bias,
+          py::handle out, py::handle packed_shape) {
+  const char* op = "int8_gemm";
+  call.b.struct_size = sizeof(call.b);
+  call.b.data = view_of(b, op, "b");
+  call.b.scale = view_of(sb, op, "sb");
+  if (!packed_shape.is_none()) {
+    call.b.layout = FASTQ_WEIGHT_PACKED;
+    call.b.k = py::cast<int64_t>(packed_shape[py::int_(0)]);
+    call.b.n = py::cast<int64_t>(packed_shape[py::int_(1)]);
+  }
+  call.args.struct_size = sizeof(call.args);
+  call.args.b = &call.b;
+  call.args.a = view_of(a, op, "a");
+  call.args.scale_a = view_of(sa, op, "sa");
+  call.args.bias = view_of(bias, op, "bias");
+  call.args.out = view_of(out, op, "out");
+  call.args.stream = current_stream(call.args.a, a);
+}
+
+void int8_gemm(py::handle a, py::handle b, py::handle sa, py::handle sb, py::handle bias,
+               py::handle out, py::handle packed_shape) {
+  Call call;
+  fill(call, a, b, sa, sb, bias, out, packed_shape);
+  check(fastq_int8_gemm_workspace_size(&call.args, &call.args.workspace_size));
+  py::object workspace;
+  if (call.args.workspace_size > 0) {
+    workspace = allocate(call.args.workspace_size, a);
+    call.args.workspace = view_of(workspace, "int8_gemm", "workspace").data;
+  }
+  fastq_status status;
+  {
+    py::gil_scoped_release release;
+    status = fastq_int8_gemm(&call.args);
+  }
+  check(status);
+}
+
+std::string int8_gemm_describe(py::handle a, py::handle b, py::handle sa, py::handle sb,
+                               py::handle bias, py::handle out, py::handle packed_shape) {
+  Call call;
+  fill(call, a, b, sa, sb, bias, out, packed_shape);
+  char text[128];
+  check(fastq_int8_gemm_describe(&call.args, text, sizeof(text)));
+  return text;
+}
+
+// Returns the packed form of b, (K, N) int8, as (bytes,) uint8.
+py::object pack_weight(py::handle b) {
+  fastq_weight weight = {};
+  weight.struct_size = sizeof(weight);
+  weight.data = view_of(b, "pack_weight", "b");
+  size_t bytes = 0;
+  check(fastq_pack_weight_size(&weight, &bytes));
+  py::object packed = allocate(bytes, b);
+  const fastq_tensor view = view_of(packed, "pack_weight", "packed");
+  fastq_status status;
+  {
+    py::gil_scoped_release release;
+    status = fastq_pack_weight(&weight, &view);
+  }
+  check(status);
+  return packed;
+}
+
+}  // namespace
+
+void bind_int8_gemm(py::module_& module) {
+  module.def("int8_gemm", &int8_gemm);
+  module.def("int8_gemm_describe", &int8_gemm_describe);
+  module.def("pack_weight", &pack_weight);
+}
+
+}  // namespace fastq_python

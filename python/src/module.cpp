@@ -1,0 +1,23 @@
+// fastq._core: libfastq on torch tensors. Every function takes tensors that exist already and enters
+// the library by its C ABI, as any other program would.
+#include <string>
+
+#include "tensor.hpp"
+
+PYBIND11_MODULE(_core, module) {
+  namespace fp = fastq_python;
+  namespace py = pybind11;
+  module.doc() = "The kernels of libfastq on torch tensors.";
+  module.def("version", &fastq_version);
+  module.def("describe", [] {
+    const char* json = nullptr;
+    fp::check(fastq_describe(&json));
+    return std::string(json);
+  });
+  module.def("set_num_threads",
+             [](int num_threads) { fp::check(fastq_set_num_threads(num_threads)); });
+  module.def("get_num_threads", &fastq_get_num_threads);
+  fp::bind_int8_gemm(module);
+  fp::bind_quantize(module);
+  fp::bind_dequantize(module);
+}

@@ -1,0 +1,29 @@
+// From torch tensors to fastq_tensor views, and from a status to a Python exception.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "fastq/fastq.h"
+
+namespace fastq_python {
+
+namespace py = pybind11;
+
+// A view of `object` (a torch.Tensor; None gives an absent view). The view borrows: keep the tensor
+// alive. `name` is the argument's, for the message of a TypeError.
+fastq_tensor view_of(py::handle object, const char* op, const char* name);
+
+// The stream that torch currently uses on the tensor's device; null on the CPU.
+void* current_stream(const fastq_tensor& tensor, py::handle object);
+
+// Raises the Python exception of a failed call.
+void check(fastq_status status);
+
+// torch.empty(bytes, dtype=uint8) on the device of `like`.
+py::object allocate(size_t bytes, py::handle like);
+
+void bind_int8_gemm(py::module_& module);
+void bind_quantize(py::module_& module);
+void bind_dequantize(py::module_& module);
+
+}  // namespace fastq_python

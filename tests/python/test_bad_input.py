@@ -1,0 +1,317 @@
+"""Every bad input gets its own error, which names op, argument, what was expected and what came;
+and nothing is written."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+
+import fastq
+from operands import random_gemm, random_int8
+
+SENTINEL = -77
+DTYPES = "bfloat16 or float16 or float32 or int32"
+
+
+def gemm_arguments(device):
+    """A good call with every argument: a (2, 4, 16), b (16, 8)."""
+    a, b, sa, sb = random_gemm(8, 8, 16, device=device)
+    return {
+        "a": a.view(2, 4, 16),
+        "b": b,
+        "sa": sa.view(2, 4, 1),
+        "sb": sb,
+        "bias": torch.ones(8, device=device),
+        "out": torch.full((2, 4, 8), float(SENTINEL), device=device),
+    }
+
+
+def same_memory(x, shape, dtype):
+    """A tensor of `dtype` in the memory of `x`."""
+    count = 1
+    for size in shape:
+        count *= size
+    return x.view(-1).view(dtype)[:count].view(shape)
+
+
+def test_the_good_call_is_good(device):
+    kwargs = gemm_arguments(device)
+    fastq.int8_gemm(**kwargs)
+    assert (kwargs["out"] != SENTINEL).all()
+
+
+def cases(type_errors, value_errors):
+    """Rows (change, error, message) of tables that map a message to the change that brings it."""
+    return [
+        pytest.param(change, error, message, id=message.replace("{}", "x"))
+        for error, table in ((TypeError, type_errors), (ValueError, value_errors))
+        for message, change in table.items()
+    ]
+
+
+GEMM_TYPE_ERRORS = {
+    "a is a NoneType, expected a torch.Tensor": lambda g: {"a": None},
+    "a is a list, expected a torch.Tensor": lambda g: {"a": [[1, 2]]},
+    "b is a NoneType, expected a torch.Tensor": lambda g: {"b": None},
+    "sa is a str, expected a torch.Tensor": lambda g: {"sa": "1"},
+    "bias is a float, expected a torch.Tensor": lambda g: {"bias": 1.0},
+    "out is a str, expected a torch.Tensor": lambda g: {"out": "x"},
+    "a has dtype float32, expected int8": lambda g: {"a": g["a"].float()},
+    "a has dtype uint8, expected": lambda g: {"a": g["a"].view(torch.uint8)},
+    "a has dtype int64, expected": lambda g: {"a": g["a"].long()},
+    "a has dtype complex64, expected": lambda g: {"a": g["a"].cfloat()},
+    "b has dtype float16, expected int8": lambda g: {"b": g["b"].half()},
+    "sa has dtype float16, expected float32": lambda g: {"sa": g["sa"].half()},
+    "sb has dtype float64, expected": lambda g: {"sb": g["sb"].double()},
+    "bias has dtype float16, expected float32": lambda g: {"bias": g["bias"].half()},
+    "sa has dtype none, expected float32": lambda g: {"sa": None},
+    "sb has dtype none, expected float32": lambda g: {"sb": None},
+    f"out has dtype int8, expected {DTYPES}": lambda g: {"out": g["out"].char()},
+    "out has dtype torch.float32, expected out_dtype = torch.bfloat16": lambda g: {
+        "out_dtype": torch.bfloat16
+    },
+    "out_dtype is torch.int8, expected one of bfloat16, float16, float32, int32": lambda g: {
+        "out": None,
+        "out_dtype": torch.int8,
+    },
+}
+GEMM_VALUE_ERRORS = {
+    "sa must be absent when out is int32": lambda g: {
+        "out": same_memory(g["out"], (2, 4, 8), torch.int32),
+        "sb": None,
+        "bias": None,
+    },
+    "bias must be absent when out is int32": lambda g: {
+        "out": same_memory(g["out"], (2, 4, 8), torch.int32),
+        "sb": None,
+        "sa": None,
+    },
+    "a has shape (16,)": lambda g: {"a": g["a"][0, 0]},
+    "a has rank 9": lambda g: {"a": g["a"].view(2, 1, 1, 1, 1, 1, 1, 4, 16)},
+    "b has shape (16,)": lambda g: {"b": g["b"][:, 0]},
+    "b has shape (1, 16, 8)": lambda g: {"b": g["b"][None]},
+    "a has shape (2, 4, 16) and b (15, 8); expected a (..., M, K) and b (K, N)": lambda g: {
+        "b": g["b"][:15]
+    },
+    "was b.t() meant?": lambda g: {"b": g["b"].t()},
+    "out has shape (2, 4, 7), expected (2, 4, 8)": lambda g: {"out": g["out"][..., :7]},
+    "out has shape (8, 8), expected (2, 4, 8)": lambda g: {"out": g["out"].view(8, 8)},
+    "out has shape (1, 4, 8), expected (2, 4, 8)": lambda g: {"out": g["out"][:1]},
+    "sa has shape (7,), expected a scalar": lambda g: {"sa": g["sa"].view(-1)[:7]},
+    "sa has shape (4, 2), expected a scalar": lambda g: {"sa": g["sa"].view(4, 2)},
+    "sa has shape (1, 8), expected a scalar": lambda g: {"sa": g["sa"].view(1, 8)},
+    "sb has shape (7,), expected a scalar, (8,) or (1, 8) with N = 8": lambda g: {
+        "sb": g["sb"][:7]
+    },
+    "sb has shape (8, 1), expected a scalar": lambda g: {"sb": g["sb"][:, None]},
+    "bias has shape (7,), expected (8,) or (1, 8) with N = 8": lambda g: {"bias": g["bias"][:7]},
+    "bias has shape (), expected (8,)": lambda g: {"bias": g["bias"][0]},
+    "out of shape (2, 4, 8) overlaps itself (an expanded tensor?)": lambda g: {
+        "out": g["out"][:, :, :1].expand(2, 4, 8)
+    },
+    "out of shape (2, 4, 8) overlaps itself": lambda g: {
+        "out": g["out"].view(-1).as_strided((2, 4, 8), (4, 8, 1))
+    },
+    "out overlaps bias in memory": lambda g: {"bias": g["out"].view(-1)[8:16]},
+    "out overlaps sa in memory": lambda g: {"sa": g["out"].view(-1)[:8]},
+    "out overlaps sb in memory": lambda g: {"sb": g["out"].view(-1)[-8:]},
+    "out overlaps a in memory": lambda g: {"a": same_memory(g["out"], (2, 4, 16), torch.int8)},
+    "out overlaps b in memory": lambda g: {"b": same_memory(g["out"], (16, 8), torch.int8)},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    cases(GEMM_TYPE_ERRORS, GEMM_VALUE_ERRORS),
+)
+def test_int8_gemm_refuses(device, change, error, message):
+    good = gemm_arguments(device)
+    canvas = good["out"]
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        fastq.int8_gemm(**{**good, **change(good)})
+    assert str(caught.value).startswith("int8_gemm: ")
+    assert (canvas == SENTINEL).all()
+
+
+def test_k_past_the_limit_of_int32(device):
+    a = torch.zeros(1, 131072, dtype=torch.int8, device=device)
+    out = torch.full((1, 3), float(SENTINEL), device=device)
+    with pytest.raises(ValueError, match="int8_gemm: K = 131072, expected at most 131071"):
+        fastq.int8_gemm(a, a.expand(3, -1).t(), 1.0, 1.0, out=out)
+    assert (out == SENTINEL).all()
+
+
+@pytest.mark.parametrize("name", ["sa", "sb", "bias", "out"])
+def test_requires_grad_is_refused_while_grad_is_enabled(device, name):
+    kwargs = gemm_arguments(device)
+    kwargs[name].requires_grad_()
+    message = f"int8_gemm: {name} requires grad, and int8_gemm has no gradient"
+    with pytest.raises(ValueError, match=message):
+        fastq.int8_gemm(**kwargs)
+    assert (kwargs["out"] == SENTINEL).all()
+    with torch.no_grad():
+        fastq.int8_gemm(**kwargs)
+    assert (kwargs["out"] != SENTINEL).all()
+
+
+def test_the_other_ops_refuse_requires_grad(device):
+    x = torch.ones(3, 4, device=device, requires_grad=True)
+    q = torch.ones(3, 4, dtype=torch.int8, device=device)
+    s = torch.ones(3, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match="quantize_per_token: x requires grad"):
+        fastq.quantize_per_token(x)
+    with pytest.raises(ValueError, match="quantize_per_channel: w requires grad"):
+        fastq.quantize_per_channel(x)
+    with pytest.raises(ValueError, match="dequantize: s requires grad"):
+        fastq.dequantize(q, s)
+    with torch.no_grad():
+        fastq.quantize_per_token(x)
+        fastq.quantize_per_channel(x)
+        fastq.dequantize(q, s)
+
+
+QUANTIZE_TYPE_ERRORS = {
+    "{} is a list, expected a torch.Tensor": lambda x: [1.0],
+    "{} has dtype int8, expected float32 or float16 or bfloat16": lambda x: x.char(),
+    "{} has dtype float64, expected": lambda x: x.double(),
+    "{} has dtype bool, expected": lambda x: x.bool(),
+}
+QUANTIZE_VALUE_ERRORS = {
+    "{} has shape (), expected": lambda x: x[0, 0],
+    "{} has ": lambda x: x.view(3, 1, 1, 1, 1, 1, 1, 1, 4),
+}
+
+
+@pytest.mark.parametrize("op", ["quantize_per_token", "quantize_per_channel"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    cases(QUANTIZE_TYPE_ERRORS, QUANTIZE_VALUE_ERRORS),
+)
+def test_quantize_refuses(device, op, change, error, message):
+    name = "x" if op == "quantize_per_token" else "w"
+    with pytest.raises(error, match=re.escape(f"{op}: " + message.format(name))):
+        getattr(fastq, op)(change(torch.ones(3, 4, device=device)))
+
+
+def test_quantize_per_channel_takes_a_matrix_only(device):
+    with pytest.raises(
+        ValueError, match=r"quantize_per_channel: w has shape \(3,\), expected \(N, K\)"
+    ):
+        fastq.quantize_per_channel(torch.ones(3, device=device))
+    with pytest.raises(ValueError, match=r"w has shape \(2, 3, 4\), expected \(N, K\)"):
+        fastq.quantize_per_channel(torch.ones(2, 3, 4, device=device))
+
+
+DEQUANTIZE_TYPE_ERRORS = {
+    "q is a list, expected a torch.Tensor": lambda g: {"q": [1]},
+    "s is a str, expected a torch.Tensor": lambda g: {"s": "1"},
+    "s is a NoneType, expected a torch.Tensor": lambda g: {"s": None},
+    "q has dtype float32, expected int8": lambda g: {"q": g["q"].float()},
+    "s has dtype float16, expected float32": lambda g: {"s": g["s"].half()},
+    "out has dtype int32, expected bfloat16": lambda g: {"out": g["out"].int()},
+    "out_dtype is torch.int32, expected one of": lambda g: {"out": None, "out_dtype": torch.int32},
+    "out has dtype torch.float32, expected out_dtype = torch.float16": lambda g: {
+        "out_dtype": torch.float16
+    },
+}
+DEQUANTIZE_VALUE_ERRORS = {
+    "q has shape (), expected (..., K)": lambda g: {"q": g["q"][0, 0, 0]},
+    "out has shape (8, 16), expected (2, 4, 16)": lambda g: {"out": g["out"].view(8, 16)},
+    "s has shape (7,), expected a scalar": lambda g: {"s": g["s"].view(-1)[:7]},
+    "s has shape (1, 8), expected a scalar": lambda g: {"s": g["s"].view(1, 8)},
+    "out of shape (2, 4, 16) overlaps itself": lambda g: {"out": g["out"][:1].expand(2, 4, 16)},
+    "out overlaps q in memory": lambda g: {"q": same_memory(g["out"], (2, 4, 16), torch.int8)},
+    "out overlaps s in memory": lambda g: {"s": g["out"].view(-1)[:8]},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    cases(DEQUANTIZE_TYPE_ERRORS, DEQUANTIZE_VALUE_ERRORS),
+)
+def test_dequantize_refuses(device, change, error, message):
+    good = {
+        "q": random_int8(2, 4, 16, device=device),
+        "s": torch.ones(2, 4, 1, device=device),
+        "out": torch.full((2, 4, 16), float(SENTINEL), device=device),
+    }
+    canvas = good["out"]
+    with pytest.raises(error, match=re.escape(f"dequantize: {message}")):
+        fastq.dequantize(**{**good, **change(good)})
+    assert (canvas == SENTINEL).all()
+
+
+def test_pack_weight_refuses():
+    with pytest.raises(TypeError, match=r"pack_weight: b is a list, expected a torch\.Tensor"):
+        fastq.pack_weight([1])
+    with pytest.raises(TypeError, match="pack_weight: b has dtype float32, expected int8"):
+        fastq.pack_weight(torch.ones(3, 4))
+    with pytest.raises(ValueError, match=r"pack_weight: b has shape \(3,\)"):
+        fastq.pack_weight(torch.ones(3, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"pack_weight: b has shape \(1, 3, 4\)"):
+        fastq.pack_weight(torch.ones(1, 3, 4, dtype=torch.int8))
+
+
+def test_a_packed_weight_that_is_none():
+    a = torch.ones(2, 40, dtype=torch.int8)
+    good = fastq.pack_weight(torch.ones(40, 24, dtype=torch.int8))
+    out = torch.full((2, 24), float(SENTINEL))
+    cases = [
+        (good._replace(data=good.data[:-1]), ValueError, "b is not a packed weight of (40, 24)"),
+        (
+            good._replace(data=good.data.view(torch.int8)),
+            TypeError,
+            "b has dtype int8, expected uint8",
+        ),
+        (good._replace(k=41), ValueError, "a has shape (2, 40) and b (41, 24)"),
+        (good._replace(n=25), ValueError, "out has shape (2, 24), expected (2, 25)"),
+        (good._replace(n=-1), ValueError, "b has a negative size"),
+        (good._replace(data=good.data.view(2, -1)), ValueError, "b has shape"),
+    ]
+    for b, error, message in cases:
+        with pytest.raises(error, match=re.escape(f"int8_gemm: {message}")):
+            fastq.int8_gemm(a, b, 1.0, 1.0, out=out)
+        assert (out == SENTINEL).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["b", "sa", "sb", "bias", "out"])
+def test_mixed_devices(name):
+    kwargs = gemm_arguments(torch.device("cuda"))
+    kwargs[name] = kwargs[name].cpu()
+    with pytest.raises(TypeError, match=f"int8_gemm: {name} is on cpu, expected cuda:0 as a is"):
+        fastq.int8_gemm(**kwargs)
+    kwargs = gemm_arguments(torch.device("cpu"))
+    kwargs[name] = kwargs[name].cuda()
+    with pytest.raises(TypeError, match=f"int8_gemm: {name} is on cuda:0, expected cpu as a is"):
+        fastq.int8_gemm(**kwargs)
+
+
+@pytest.mark.cuda
+def test_mixed_devices_of_dequantize():
+    q = torch.ones(3, 4, dtype=torch.int8)
+    with pytest.raises(TypeError, match="dequantize: s is on cuda:0, expected cpu as q is"):
+        fastq.dequantize(q, torch.ones(3).cuda())
+    with pytest.raises(TypeError, match="dequantize: out is on cpu, expected cuda:0 as q is"):
+        fastq.dequantize(q.cuda(), 1.0, out=torch.ones(3, 4))
+
+
+def test_a_cpu_only_build_meets_a_real_cuda_tensor():
+    if not torch.cuda.is_available() or fastq.describe()["cuda"] is not None:
+        pytest.skip("needs a GPU and a build without the CUDA backend")
+    kwargs = gemm_arguments(torch.device("cuda"))
+    with pytest.raises(NotImplementedError, match="FASTQ_CUDA=ON pip install"):
+        fastq.int8_gemm(**kwargs)
+
+
+def test_the_process_survives_a_bad_environment(monkeypatch):
+    a = torch.ones(2, 16, dtype=torch.int8)
+    monkeypatch.setenv("FASTQ_CPU_ISA", "sse9")
+    with pytest.raises(ValueError, match=r"FASTQ_CPU_ISA: expected scalar, .* got 'sse9'"):
+        fastq.int8_gemm(a, a.t(), 1.0, 1.0)
+    monkeypatch.delenv("FASTQ_CPU_ISA")
+    assert "FASTQ_CPU_ISA" not in os.environ
+    assert (fastq.int8_gemm(a, a.t(), 1.0, 1.0) == 16).all()

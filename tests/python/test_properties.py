@@ -1,0 +1,81 @@
+"""Properties that hold for any shape, layout, dtype and scale that hypothesis draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastq
+import reference
+from operands import FLOAT_DTYPES, LAYOUTS, OUT_DTYPES, in_layout, random_int8, random_scales
+
+hypothesis = pytest.importorskip("hypothesis")
+strategies = pytest.importorskip("hypothesis.strategies")
+
+settings = hypothesis.settings(
+    max_examples=120,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+sizes = strategies.one_of(
+    strategies.integers(0, 20),
+    strategies.sampled_from([31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000]),
+)
+layouts = strategies.sampled_from(LAYOUTS)
+seeds = strategies.integers(0, 1000)
+
+
+@settings
+@hypothesis.given(
+    M=sizes,
+    N=sizes,
+    K=sizes,
+    out_dtype=strategies.sampled_from(OUT_DTYPES),
+    layout=strategies.tuples(layouts, layouts, layouts),
+    scalar=strategies.tuples(strategies.booleans(), strategies.booleans()),
+    bias_dtype=strategies.sampled_from([None, "float32", "out"]),
+    packed=strategies.booleans(),
+    seed=seeds,
+)
+def test_int8_gemm(device, M, N, K, out_dtype, layout, scalar, bias_dtype, packed, seed):
+    a = in_layout(random_int8(M, K, device=device, seed=seed), layout[0])
+    b = in_layout(random_int8(K, N, device=device, seed=seed + 1), layout[1])
+    out = in_layout(torch.zeros(M, N, dtype=out_dtype, device=device), layout[2])
+    sa = sb = bias = None
+    if out_dtype != torch.int32:
+        sa = random_scales(*(() if scalar[0] else (M, 1)), device=device, seed=seed)
+        sb = random_scales(*(() if scalar[1] else (N,)), device=device, seed=seed + 2)
+        if bias_dtype is not None:
+            bias = random_scales(N, device=device, seed=seed + 3)
+            bias = bias.to(out_dtype) if bias_dtype == "out" else bias
+    weight = fastq.pack_weight(b) if packed and device.type == "cpu" else b
+    got = fastq.int8_gemm(a, weight, sa, sb, bias=bias, out=out)
+    reference.assert_same(got, reference.int8_gemm(a, b, sa, sb, bias, out_dtype))
+
+
+@settings
+@hypothesis.given(
+    rows=sizes,
+    columns=sizes,
+    dtype=strategies.sampled_from(FLOAT_DTYPES),
+    layout=layouts,
+    magnitude=strategies.integers(-40, 38),
+    special=strategies.sampled_from([None, 0.0, float("nan"), float("inf")]),
+    seed=seeds,
+)
+def test_quantize_and_dequantize(device, rows, columns, dtype, layout, magnitude, special, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator) * 10.0**magnitude
+    if special is not None and x.numel() > 0:
+        x[seed % rows, seed % columns] = special
+    x = in_layout(x.to(dtype).to(device), layout)
+    expected_q, expected_s = reference.quantize(x)
+    q, s = fastq.quantize_per_token(x)
+    reference.assert_same(q, expected_q)
+    reference.assert_same(s[:, 0], expected_s)
+    q, s = fastq.quantize_per_channel(x)
+    reference.assert_same(q, expected_q)
+    reference.assert_same(s, expected_s)
+    back = fastq.dequantize(q, s, out_dtype=dtype)
+    reference.assert_same(back, reference.dequantize(q, s, dtype))

@@ -1,0 +1,261 @@
+"""The ops as torch ops: opcheck, torch.compile, fake and meta tensors, modes, streams, devices."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastq
+import reference
+from operands import FLOAT_DTYPES, OUT_DTYPES, random_gemm, random_scales
+
+OPS = torch.ops.fastq
+
+
+def gemm_samples(device):
+    a, b, sa, sb = random_gemm(6, 8, 16, device=device)
+    bias = random_scales(8, device=device)
+    yield a, b, sa, sb, None, torch.bfloat16, None
+    yield a, b.contiguous(), sa, sb, bias, torch.float32, None
+    yield a.view(2, 3, 16), b, sa.view(2, 3, 1), sb, bias.half(), torch.float16, None
+    yield a, b, None, None, None, torch.int32, None
+    if device.type == "cpu":
+        packed = fastq.pack_weight(b)
+        yield a, packed.data, sa, sb, bias, torch.float32, packed.shape
+
+
+def test_opcheck_int8_gemm(device):
+    for sample in gemm_samples(device):
+        torch.library.opcheck(OPS.int8_gemm.default, sample)
+
+
+def test_opcheck_int8_gemm_out(device):
+    for a, b, sa, sb, bias, out_dtype, packed_shape in gemm_samples(device):
+        out = torch.zeros(*a.shape[:-1], 8, dtype=out_dtype, device=device)
+        torch.library.opcheck(OPS.int8_gemm.out, (a, b, sa, sb, bias, packed_shape), {"out": out})
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_opcheck_quantize_and_dequantize(device, dtype):
+    x = torch.randn(3, 4, 16, device=device).to(dtype)
+    torch.library.opcheck(OPS.quantize_per_token.default, (x,))
+    torch.library.opcheck(OPS.quantize_per_token.default, (x.transpose(0, 1),))
+    torch.library.opcheck(OPS.quantize_per_channel.default, (x[0],))
+    q, s = fastq.quantize_per_token(x)
+    torch.library.opcheck(OPS.dequantize.default, (q, s, dtype))
+    torch.library.opcheck(OPS.dequantize.out, (q, s), {"out": torch.empty_like(x)})
+
+
+def linear(x, qw, sw, bias):
+    """What an INT8 linear layer does, everything through the public functions."""
+    q, s = fastq.quantize_per_token(x)
+    y = fastq.int8_gemm(q, qw.t(), s, sw, bias=bias, out_dtype=x.dtype)
+    return torch.relu(y) + fastq.dequantize(q, s, out_dtype=x.dtype).mean()
+
+
+@pytest.fixture
+def compiler():
+    """torch.compile without a code generator: tracing, functionalisation and autograd are real."""
+    torch._dynamo.reset()
+    yield lambda function, **kwargs: torch.compile(
+        function, backend="aot_eager", fullgraph=True, **kwargs
+    )
+    torch._dynamo.reset()
+
+
+def linear_inputs(device, rows):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 32, generator=generator).to(device)
+    qw, sw = fastq.quantize_per_channel(torch.randn(24, 32, generator=generator).to(device))
+    return x, qw, sw, random_scales(24, device=device)
+
+
+def test_compile_fullgraph(device, compiler):
+    compiled = compiler(linear)
+    for rows in (5, 5, 9):
+        inputs = linear_inputs(device, rows)
+        assert torch.equal(compiled(*inputs), linear(*inputs))
+
+
+def test_compile_with_dynamic_shapes(device, compiler):
+    compiled = compiler(linear, dynamic=True)
+    for rows in (4, 5, 17):
+        inputs = linear_inputs(device, rows)
+        assert torch.equal(compiled(*inputs), linear(*inputs))
+
+
+def test_compile_writes_to_out(device, compiler):
+    def product(a, b, sa, sb, out):
+        fastq.int8_gemm(a, b, sa, sb, out=out)
+        return out + 1
+
+    problem = random_gemm(6, 8, 16, device=device)
+    expected = fastq.int8_gemm(*problem, out_dtype=torch.float32)
+    out = torch.zeros(6, 8, device=device)
+    got = compiler(product)(*problem, out)
+    assert torch.equal(out, expected)
+    assert torch.equal(got, expected + 1)
+
+
+def test_compile_takes_python_scales_and_packed_weights(compiler):
+    a, b, _, _ = random_gemm(6, 8, 16, device=torch.device("cpu"))
+    packed = fastq.pack_weight(b)
+
+    def product(a, packed):
+        return fastq.int8_gemm(a, packed, 0.5, 0.25, out_dtype=torch.float32)
+
+    assert torch.equal(compiler(product)(a, packed), product(a, packed))
+
+
+def test_compile_with_inductor(device):
+    """The default backend; on a GPU with CUDA graphs."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        pytest.skip("torch's inductor needs a C++ compiler, and this machine has none")
+    if device.type == "cuda":
+        pytest.importorskip("triton")
+    torch._dynamo.reset()
+    inputs = linear_inputs(device, 7)
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    compiled = torch.compile(linear, fullgraph=True, mode=mode)
+    expected = linear(*inputs)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(*inputs), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("fake", ["fake", "meta"])
+@pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=str)
+def test_shapes_without_data(fake, out_dtype):
+    def check():
+        device = torch.device("meta" if fake == "meta" else "cpu")
+        a = torch.empty(2, 5, 16, dtype=torch.int8, device=device)
+        b = torch.empty(16, 24, dtype=torch.int8, device=device)
+        x = torch.empty(2, 5, 16, dtype=torch.float16, device=device)
+        scale = None if out_dtype == torch.int32 else torch.empty((), device=device)
+        y = fastq.int8_gemm(a, b, scale, scale, out_dtype=out_dtype)
+        assert (y.shape, y.dtype, y.device) == ((2, 5, 24), out_dtype, device)
+        q, s = fastq.quantize_per_token(x)
+        assert (q.shape, q.dtype, s.shape, s.dtype) == (
+            x.shape,
+            torch.int8,
+            (2, 5, 1),
+            torch.float32,
+        )
+        q, s = fastq.quantize_per_channel(x[0])
+        assert (q.shape, s.shape, q.device, s.device) == ((5, 16), (5,), device, device)
+        z = fastq.dequantize(a, 0.5, out_dtype=torch.float16)
+        assert (z.shape, z.dtype) == (a.shape, torch.float16)
+        with pytest.raises(ValueError, match="int8_gemm: a has shape"):
+            fastq.int8_gemm(a, b[1:], 1.0, 1.0)
+
+    if fake == "fake":
+        with FakeTensorMode():
+            check()
+    else:
+        check()
+
+
+def test_inference_mode(device):
+    x, qw, sw, bias = linear_inputs(device, 6)
+    expected = linear(x, qw, sw, bias)
+    x.requires_grad_()
+    with torch.inference_mode():
+        got = linear(x, qw, sw, bias)
+        assert got.is_inference()
+        out = torch.zeros(6, 24, device=device)
+        q, s = fastq.quantize_per_token(x)
+        fastq.int8_gemm(q, qw.t(), s, sw, out=out)
+    assert torch.equal(got, expected)
+
+
+def test_results_need_no_gradient(device):
+    x, qw, sw, bias = linear_inputs(device, 6)
+    assert torch.is_grad_enabled()
+    assert not linear(x, qw, sw, bias).requires_grad
+    with torch.no_grad():
+        assert not linear(x.requires_grad_(), qw, sw, bias).requires_grad
+
+
+def test_parameters_are_tensors_too(device):
+    """Weights and scales of a module are Parameters and buffers, a subclass of Tensor."""
+    a, b, sa, sb = random_gemm(5, 8, 16, device=device)
+    frozen = [torch.nn.Parameter(t, requires_grad=False) for t in (b.t().contiguous(), sb)]
+    got = fastq.int8_gemm(a, frozen[0].t(), sa, frozen[1])
+    assert torch.equal(got, fastq.int8_gemm(a, b, sa, sb))
+    scale = torch.nn.Parameter(sa, requires_grad=False)
+    assert torch.equal(fastq.int8_gemm(a, b, scale, sb), got)
+
+
+@pytest.mark.cuda
+def test_runs_on_the_current_stream():
+    """Work queued before and after on a side stream is seen in order."""
+    a, b, sa, sb = random_gemm(512, 512, 512, device=torch.device("cuda"))
+    expected = reference.int8_gemm(a, b, sa, sb, out_dtype=torch.float32)
+    big = torch.randn(4096, 4096, device="cuda")
+    stale = torch.zeros_like(a)
+    out = torch.zeros(512, 512, device="cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(10):
+            big = (big @ big).clamp(-1, 1)  # keeps the stream busy while the rest is queued
+        stale.copy_(a)
+        fastq.int8_gemm(stale, b.contiguous(), sa, sb, out=out)  # with a workspace too
+        stale.zero_()
+        copied = out.clone()
+        q, s = fastq.quantize_per_token(copied)
+        back = fastq.dequantize(q, s, out_dtype=torch.float32)
+    stream.synchronize()
+    reference.assert_same(copied, expected)
+    expected_q, expected_s = reference.quantize(copied)
+    reference.assert_same(q, expected_q)
+    reference.assert_same(s[:, 0], expected_s)
+    reference.assert_same(back, reference.dequantize(q, s, torch.float32))
+
+
+@pytest.mark.cuda
+def test_workspaces_of_two_streams_do_not_mix():
+    """A (K, N) contiguous b goes through a workspace."""
+    device = torch.device("cuda")
+    problems = [random_gemm(300, 260, 500 + i, device=device, seed=i) for i in range(2)]
+    problems = [p._replace(b=p.b.contiguous()) for p in problems]
+    expected = [reference.int8_gemm(*p, out_dtype=torch.float32) for p in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    results = [[], []]
+    for _ in range(20):
+        for stream, problem, result in zip(streams, problems, results, strict=True):
+            with torch.cuda.stream(stream):
+                result.append(fastq.int8_gemm(*problem, out_dtype=torch.float32))
+    torch.cuda.synchronize()
+    for result, right in zip(results, expected, strict=True):
+        for got in result:
+            reference.assert_same(got, right)
+
+
+@pytest.mark.cuda
+@pytest.mark.multi_gpu
+def test_selects_the_device_of_its_tensors():
+    """cuda:0 is current, the tensors lie on cuda:1; and afterwards cuda:0 is current again."""
+    device = torch.device("cuda:1")
+    with torch.cuda.device(0):
+        for b_contiguous in (False, True):
+            a, b, sa, sb = random_gemm(70, 80, 96, device=device)
+            b = b.contiguous() if b_contiguous else b
+            got = fastq.int8_gemm(a, b, sa, sb)
+            assert got.device == device
+            reference.assert_same(got, reference.int8_gemm(a, b, sa, sb))
+        x = torch.randn(40, 100, device=device)
+        q, s = fastq.quantize_per_token(x)
+        expected_q, expected_s = reference.quantize(x)
+        reference.assert_same(q, expected_q)
+        reference.assert_same(s[:, 0], expected_s)
+        back = fastq.dequantize(q, s)
+        reference.assert_same(back, reference.dequantize(q, s))
+        assert torch.cuda.current_device() == 0
+        with pytest.raises(TypeError, match="int8_gemm: b is on cuda:0, expected cuda:1 as a is"):
+            fastq.int8_gemm(a, b.to("cuda:0"), sa, sb)
