@@ -144,6 +144,7 @@ def arguments(op: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>/<op>.jsonl")
     parser.add_argument("--rounds", type=int, default=25, help="samples of each implementation")
+    parser.add_argument("--threads", type=int, help="of the CPU, for fastq and torch alike")
     return parser
 
 
@@ -153,7 +154,11 @@ def add_shapes(parser: argparse.ArgumentParser, op: str) -> None:
 
 
 def writer(options: argparse.Namespace, op: str) -> Writer:
+    """Where the lines go; sets the number of threads."""
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    if options.threads is not None:
+        fastq.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads)
     path = options.out or RESULTS / device_folder(device) / f"{op}.jsonl"
     return Writer(path, device)
 

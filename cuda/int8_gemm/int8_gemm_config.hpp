@@ -3,38 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
 
 #include "core/backend.hpp"
+#include "int8_gemm/int8_gemm_tile.hpp"
 
 namespace fastq::cuda {
-
-enum class KernelFamily { kSm80, kSm90 };
-enum class Schedule { kPingpong, kCooperative, kMultistage };
-
-// A compiled tile configuration, in the terms of CUTLASS: the block tile and the cluster.
-struct TileConfig {
-  int tile_m, tile_n, tile_k;
-  int cluster_m, cluster_n;
-  Schedule schedule;
-
-  friend bool operator==(const TileConfig& x, const TileConfig& y) {
-    return x.tile_m == y.tile_m && x.tile_n == y.tile_n && x.tile_k == y.tile_k &&
-           x.cluster_m == y.cluster_m && x.cluster_n == y.cluster_n && x.schedule == y.schedule;
-  }
-};
-
-inline std::string config_name(const TileConfig& c) {
-  const char* schedule = c.schedule == Schedule::kPingpong      ? "_pingpong"
-                         : c.schedule == Schedule::kCooperative ? "_cooperative"
-                                                                : "";
-  std::string name = std::to_string(c.tile_m) + "x" + std::to_string(c.tile_n) + "x" +
-                     std::to_string(c.tile_k) + schedule;
-  if (c.cluster_m * c.cluster_n > 1) {
-    name += "_" + std::to_string(c.cluster_m) + "x" + std::to_string(c.cluster_n);
-  }
-  return name;
-}
 
 // Every configuration that select_config may return; the build holds an instance of each
 // (cuda/CMakeLists.txt names them, a test compares).
@@ -61,7 +34,8 @@ struct GemmShape {
   int64_t M = 0, N = 0, K = 0;
   // The operand can be read by 16-byte copies along a contiguous K where it lies.
   bool a_is_vectorizable = true, b_is_vectorizable = true;
-  // Rows of out are contiguous, and start at multiples of 16 bytes: what a TMA store writes.
+  // Rows of out are contiguous, and start and end at multiples of 16 bytes: a TMA store rounds the
+  // end of a row up to that, over whatever lies behind it.
   bool out_is_vectorizable = true;
 };
 
@@ -76,10 +50,6 @@ struct GemmChoice {
   size_t workspace_size() const { return relayout_a_bytes + relayout_b_bytes; }
 };
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 inline GemmShape gemm_shape(const Int8GemmProblem& p) {
   const auto readable = [&p](const void* data, int64_t stride_row, int64_t stride_k, int64_t rows) {
     const bool k_contiguous = stride_k == 1 || p.K <= 1;
@@ -93,7 +63,8 @@ inline GemmShape gemm_shape(const Int8GemmProblem& p) {
   shape.a_is_vectorizable = readable(p.a, p.stride_am, p.stride_ak, p.M);
   shape.b_is_vectorizable = readable(p.b, p.stride_bn, p.stride_bk, p.N);
   shape.out_is_vectorizable =
-      (p.stride_on == 1 || p.N == 1) && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
+      p.stride_on == 1 && p.N * out_size % 16 == 0 &&
+      reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
       (p.M == 1 || (p.stride_om > 0 && p.stride_om * out_size % 16 == 0));
   return shape;
 }
@@ -112,10 +83,6 @@ inline GemmChoice select_config(const GemmShape& s, const GemmDevice& device, bo
   GemmChoice choice;
   choice.relayout_a = !s.a_is_vectorizable && s.K > 0;
   choice.relayout_b = !s.b_is_vectorizable && s.K > 0;
-  const int64_t padded_k = round_up(s.K, 16);
-  if (choice.relayout_a) choice.relayout_a_bytes = round_up(s.M * padded_k, 256);
-  if (choice.relayout_b) choice.relayout_b_bytes = round_up(s.N * padded_k, 256);
-
   if (forced_sm80) {
     choice.reason = "FASTQ_KERNELS=sm80";
   } else if (device.cc_major != 9) {
@@ -123,14 +90,21 @@ inline GemmChoice select_config(const GemmShape& s, const GemmDevice& device, bo
   } else if (!device.has_sm90a_code) {
     choice.reason = "this build has no sm_90a code";
   } else if (!s.out_is_vectorizable) {
-    choice.reason = "rows of out do not start at multiples of 16 bytes";
+    choice.reason = "rows of out do not start and end at multiples of 16 bytes";
   } else if (s.K == 0) {
     choice.reason = "K is 0";
   } else {
     choice.family = KernelFamily::kSm90;
     choice.tile = select_sm90_tile(s, device);
-    return choice;
+    // A TMA load, too, goes on to a multiple of 16 bytes, so what lies behind a row of K elements
+    // takes part in the sums: it must be zero in one of the operands, as relayout leaves it.
+    if (s.K % 16 != 0 && !choice.relayout_b) choice.relayout_a = true;
   }
+  const int64_t padded_k = round_up(s.K, 16);
+  if (choice.relayout_a) choice.relayout_a_bytes = round_up(s.M * padded_k, 256);
+  if (choice.relayout_b) choice.relayout_b_bytes = round_up(s.N * padded_k, 256);
+  if (choice.family == KernelFamily::kSm90) return choice;
+
   const int64_t large_tiles = (round_up(s.M, 128) / 128) * (round_up(s.N, 128) / 128);
   choice.tile = large_tiles < device.sm_count ? tiles::kSm80Small : tiles::kSm80Large;
   return choice;

@@ -4,7 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include "int8_gemm/int8_gemm_config.hpp"
+#include "core/backend.hpp"
+#include "int8_gemm/int8_gemm_tile.hpp"
 #include "runtime/device.hpp"
 
 namespace fastq::cuda {

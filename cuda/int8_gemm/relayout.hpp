@@ -8,7 +8,7 @@
 namespace fastq::cuda {
 
 // out[r * ld + k] = in[r * stride_r + k * stride_k] for r < rows, k < K; ld is a multiple of 16 and
-// at least K, out is 16-byte aligned. Bytes from K to ld are undefined.
+// at least K, out is 16-byte aligned. Bytes from K to ld become zero.
 void relayout(const int8_t* in, int64_t stride_r, int64_t stride_k, int64_t rows, int64_t K,
               int8_t* out, int64_t ld, cudaStream_t stream);
 

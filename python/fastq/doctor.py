@@ -9,8 +9,6 @@ import json
 import platform
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +141,9 @@ def _gpu_problems(library: dict[str, Any]) -> list[dict[str, str]]:
         reason = "is a CPU build" if torch.version.cuda is None else "cannot reach it"
         problems.append(
             {
-                "what": f"a GPU is here, but torch {torch.__version__} {reason}",
-                "fix": "pip install --force-reinstall torch (a CUDA build that the driver takes)",
+                "what": f"a GPU is here, but torch {torch.__version__} {reason}; install a CUDA "
+                "build that the driver takes",
+                "fix": "pip install --force-reinstall torch",
             }
         )
     return problems
@@ -196,10 +195,10 @@ def _expect(op: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
         raise RuntimeError(f"{op} gave {wrong} wrong elements of {expected.numel()}")
 
 
-def main(*, as_json: bool = False, write: Callable[[str], Any] = sys.stdout.write) -> int:
+def main(*, as_json: bool = False) -> int:
     """Prints the findings; returns 1 when there are problems."""
     found = examine()
-    write(json.dumps(found, indent=2) + "\n" if as_json else _render(found))
+    print(json.dumps(found, indent=2) if as_json else _render(found))
     return 1 if found["problems"] else 0
 
 
@@ -230,7 +229,7 @@ def _render(found: dict[str, Any]) -> str:
         lines += [f"  {problem['what']}", f"    mend it with: {problem['fix']}"]
     if not found["problems"]:
         lines.append("  none")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _flat(value: Any) -> str:

@@ -8,6 +8,7 @@ allocate outputs and call the op. Scales are float32 multipliers: ``x ~ q * s``.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from . import _core
 
 _OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
+_OPTIONAL_ARGS = frozenset(("sa", "sb", "bias", "out"))
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,6 +36,7 @@ class PackedWeight(NamedTuple):
         return (self.k, self.n)
 
 
+# `out` is positional in the schemas: a keyword costs the dispatcher 2 us a call.
 _library = torch.library.Library("fastq", "DEF")
 _library.define(
     "int8_gemm(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, ScalarType out_dtype, "
@@ -41,12 +44,12 @@ _library.define(
 )
 _library.define(
     "int8_gemm.out(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, "
-    "SymInt[]? packed_shape, *, Tensor(a!) out) -> ()"
+    "SymInt[]? packed_shape, Tensor(a!) out) -> ()"
 )
 _library.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
 _library.define("quantize_per_channel(Tensor w) -> (Tensor, Tensor)")
 _library.define("dequantize(Tensor q, Tensor s, ScalarType out_dtype) -> Tensor")
-_library.define("dequantize.out(Tensor q, Tensor s, *, Tensor(a!) out) -> ()")
+_library.define("dequantize.out(Tensor q, Tensor s, Tensor(a!) out) -> ()")
 
 
 def _gemm_shape(a: Tensor, b: Tensor, packed_shape: Any) -> tuple[int, ...]:
@@ -64,7 +67,7 @@ def _int8_gemm(a, b, sa, sb, bias, out_dtype, packed_shape):
     return out
 
 
-def _int8_gemm_out(a, b, sa, sb, bias, packed_shape, *, out):
+def _int8_gemm_out(a, b, sa, sb, bias, packed_shape, out):
     _core.int8_gemm(a, b, sa, sb, bias, out, packed_shape)
 
 
@@ -109,7 +112,7 @@ def _dequantize(q, s, out_dtype):
     return out
 
 
-def _dequantize_out(q, s, *, out):
+def _dequantize_out(q, s, out):
     _core.dequantize(q, s, out)
 
 
@@ -121,11 +124,11 @@ def _dequantize_fake(q, s, out_dtype):
 # are no autograd kernels on purpose: they would cost microseconds a call.
 for _name, _kernel, _fake in (
     ("int8_gemm", _int8_gemm, _int8_gemm_fake),
-    ("int8_gemm.out", _int8_gemm_out, lambda *args, **kwargs: None),
+    ("int8_gemm.out", _int8_gemm_out, lambda *args: None),
     ("quantize_per_token", _quantize_per_token, _quantize_per_token_fake),
     ("quantize_per_channel", _quantize_per_channel, _quantize_per_channel_fake),
     ("dequantize", _dequantize, _dequantize_fake),
-    ("dequantize.out", _dequantize_out, lambda *args, **kwargs: None),
+    ("dequantize.out", _dequantize_out, lambda *args: None),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastq::{_name}", _fake, lib=_library)
@@ -141,16 +144,55 @@ _dequantize_out_op = torch.ops.fastq.dequantize.out
 _OPTIONAL = frozenset(("sa", "sb", "bias", "out"))
 
 
-def _check_tensors(op: str, **tensors: Tensor | None) -> None:
+def _mode_probes() -> tuple[Callable[[], Any], ...] | None:
+    """What tells whether anything stands between a call and its kernel; None where this torch
+    lacks one of them."""
+    try:
+        return (
+            torch._C._len_torch_dispatch_stack,
+            torch._C._len_torch_function_stack,
+            torch._C._functorch.maybe_current_level,
+            torch._C._get_tracing_state,
+            torch.autograd._profiler_enabled,
+        )
+    except AttributeError:
+        return None
+
+
+_probes = _mode_probes()
+
+
+def _is_direct(required: tuple[Any, ...], optional: tuple[Any, ...] = ()) -> bool:
+    """Whether the kernel may be called directly: plain tensors without grad, in plain eager mode.
+
+    The dispatcher costs as much as all the rest of a small call (about 4 us), and only does
+    something where a mode, a transform, a subclass, a tracer or the profiler wants to see the op.
+    """
+    if _probes is None or torch.compiler.is_compiling():
+        return False
+    for tensor in required:
+        if tensor.__class__ is not Tensor or tensor.requires_grad:
+            return False
+    for tensor in optional:
+        if tensor is not None and (tensor.__class__ is not Tensor or tensor.requires_grad):
+            return False
+    if required[0].is_meta:
+        return False
+    for probe in _probes:  # noqa: SIM110 (a generator costs 0.4 us)
+        if probe():
+            return False
+    return True
+
+
+def _check_tensors(op: str, **tensors: Any) -> None:
     """Every argument is a tensor, and none asks for a gradient that the op would drop."""
-    grad = torch.is_grad_enabled()
     for name, tensor in tensors.items():
-        if tensor is None and name in _OPTIONAL:
+        if tensor is None and name in _OPTIONAL_ARGS:
             continue
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise TypeError(f"{op}: {name} is a {kind}, expected a torch.Tensor")
-        if grad and tensor.requires_grad:
+        if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{op}: {name} requires grad, and {op} has no gradient; call it under "
                 f"torch.no_grad() or pass {name}.detach()"
@@ -168,9 +210,9 @@ def _check_out_dtype(op: str, out: Tensor, out_dtype: torch.dtype | None) -> Non
         raise TypeError(f"{op}: out has dtype {out.dtype}, expected out_dtype = {out_dtype}")
 
 
-def _as_scale(value: Tensor | float | None, device: torch.device) -> Tensor | None:
-    if isinstance(value, (int, float)):
-        return torch.full((), value, dtype=torch.float32, device=device)
+def _as_scale(value: Tensor | float | None, like: Tensor) -> Tensor | None:
+    if isinstance(value, (int, float)) and isinstance(like, Tensor):
+        return torch.full((), value, dtype=torch.float32, device=like.device)
     return value
 
 
@@ -213,20 +255,25 @@ def int8_gemm(
     packed_shape = None
     if isinstance(b, PackedWeight):
         b, packed_shape = b.data, b.shape
-    _check_tensors("int8_gemm", a=a, b=b, bias=bias, out=out)
     if sa.__class__ is not Tensor:
-        sa = _as_scale(sa, a.device)
+        sa = _as_scale(sa, a)
     if sb.__class__ is not Tensor:
-        sb = _as_scale(sb, a.device)
-    _check_tensors("int8_gemm", sa=sa, sb=sb)
+        sb = _as_scale(sb, a)
+    direct = _is_direct((a, b), (sa, sb, bias, out))
+    if not direct:
+        _check_tensors("int8_gemm", a=a, b=b, sa=sa, sb=sb, bias=bias, out=out)
     if out is not None:
         if out_dtype is not None:
             _check_out_dtype("int8_gemm", out, out_dtype)
-        _int8_gemm_out_op(a, b, sa, sb, bias, packed_shape, out=out)
+        if direct:
+            _core.int8_gemm(a, b, sa, sb, bias, out, packed_shape)
+        else:
+            _int8_gemm_out_op(a, b, sa, sb, bias, packed_shape, out)
         return out
     out_dtype = torch.bfloat16 if out_dtype is None else out_dtype
     _check_dtype("int8_gemm", out_dtype, _OUT_DTYPES)
-    return _int8_gemm_op(a, b, sa, sb, bias, out_dtype, packed_shape)
+    run = _int8_gemm if direct else _int8_gemm_op
+    return run(a, b, sa, sb, bias, out_dtype, packed_shape)
 
 
 def describe_int8_gemm(
@@ -279,7 +326,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     _check_tensors("quantize_per_token", x=x)
     if x.dim() < 1:
         raise ValueError("quantize_per_token: x has shape (), expected (..., K)")
-    return _quantize_per_token_op(x)
+    return _quantize_per_token(x) if _is_direct((x,)) else _quantize_per_token_op(x)
 
 
 def quantize_per_channel(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,7 +345,7 @@ def quantize_per_channel(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_tensors("quantize_per_channel", w=w)
     if w.dim() != 2:
         raise ValueError(f"quantize_per_channel: w has shape {tuple(w.shape)}, expected (N, K)")
-    return _quantize_per_channel_op(w)
+    return _quantize_per_channel(w) if _is_direct((w,)) else _quantize_per_channel_op(w)
 
 
 def dequantize(
@@ -319,19 +366,19 @@ def dequantize(
     Raises:
         ValueError, TypeError: as :func:`int8_gemm`.
     """
-    _check_tensors("dequantize", q=q, out=out)
+    if s.__class__ is not Tensor:
+        s = _as_scale(s, q)
+    _check_tensors("dequantize", q=q, s=s, out=out)
+    direct = _is_direct((q,), (s, out))
     if q.dim() < 1:
         raise ValueError("dequantize: q has shape (), expected (..., K)")
-    if s.__class__ is not Tensor:
-        s = _as_scale(s, q.device)
-    _check_tensors("dequantize", s=s)
     if out is not None:
         _check_out_dtype("dequantize", out, out_dtype)
-        _dequantize_out_op(q, s, out=out)
+        (_dequantize_out if direct else _dequantize_out_op)(q, s, out)
         return out
     out_dtype = torch.bfloat16 if out_dtype is None else out_dtype
     _check_dtype("dequantize", out_dtype, _FLOAT_DTYPES)
-    return _dequantize_op(q, s, out_dtype)
+    return (_dequantize if direct else _dequantize_op)(q, s, out_dtype)
 
 
 def describe() -> dict[str, Any]:

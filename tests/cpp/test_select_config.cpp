@@ -197,7 +197,7 @@ void every_configuration_has_its_instances() {
       const std::string about =
           config_name(tile) + " of " + std::to_string(output_bytes) + " bytes";
       EXPECT(kernel != nullptr, about);
-      EXPECT(kernel == nullptr || (kernel->launch != nullptr && kernel->prepare != nullptr), about);
+      EXPECT(kernel == nullptr || (kernel->launch != nullptr && kernel->load != nullptr), about);
     }
   }
 }

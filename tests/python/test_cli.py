@@ -109,7 +109,7 @@ RESULT = {
         "parameters": 6_951_168,
         "python_version": "3.11.7",
         "held_out": ["csv", "heapq"],
-        "unigram_perplexity": 864.5,
+        "unigram_perplexity": 864.6,
     },
     "held_out_tokens": 54921,
     "prompt": "def f",

@@ -51,7 +51,9 @@ def stdlib(tmp_path_factory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     (folder / "broken.py").write_bytes(b"# \xff\xfe not utf-8\n")
-    (folder / "latin.py").write_bytes(b"# coding: latin-1\nname = 'caf\xe9'\nvalue = 1\n" * 9)
+    (folder / "written_in_latin.py").write_bytes(
+        b"# coding: latin-1\nname = 'caf\xe9'\n" + b"value = 1\n" * 9
+    )
     return folder
 
 
@@ -59,12 +61,12 @@ class TestCorpus:
     def test_training_texts(self, stdlib):
         names = [name for name, _ in corpus.training_texts(stdlib)]
         assert names == [
-            "latin.py",
             *(f"module{i}.py" for i in range(9)),
             "package/__init__.py",
             "test/test_module1.py",
+            "written_in_latin.py",
         ]
-        assert "café" in dict(corpus.training_texts(stdlib))["latin.py"]
+        assert "café" in dict(corpus.training_texts(stdlib))["written_in_latin.py"]
 
     def test_held_out_texts(self, stdlib):
         texts = corpus.held_out_texts(stdlib)
@@ -187,14 +189,16 @@ class TestTrain:
         for text in corpus.held_out_texts(stdlib).values():
             held_out += [0, *tokenizer.encode(text)]
         nats = [math.log(total / counts[token]) for token in held_out[1:]]
-        assert card["unigram_perplexity"] == pytest.approx(math.exp(sum(nats) / len(nats)), abs=0.01)
+        assert card["unigram_perplexity"] == pytest.approx(
+            math.exp(sum(nats) / len(nats)), abs=0.01
+        )
 
     def test_it_learns(self, stdlib, tmp_path, capsys):
-        options = [*TINY, "--steps", "60", "--batch", "1", "--eval-every", "60", "--lr", "5e-3"]
+        options = [*TINY, "--steps", "30", "--batch", "1", "--eval-every", "30", "--lr", "5e-3"]
         train.main(["--out", str(tmp_path), "--stdlib", str(stdlib), *options])
         card = json.loads((tmp_path / "card.json").read_text())
         assert card["dev_perplexity"] < 100  # 300 tokens; chance is 300
-        assert "step     60" in capsys.readouterr().out
+        assert "step     30" in capsys.readouterr().out
 
     def test_runs_as_a_file_without_fastq(self, stdlib, tmp_path):
         program = (
@@ -275,6 +279,8 @@ class TestRun:
         assert run.pick_device("cpu") == (torch.device("cpu"), None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert run.pick_device() == (torch.device("cpu"), None)
+        with pytest.raises(RuntimeError, match="device is cuda:0, but torch sees no GPU"):
+            run.pick_device("cuda:0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(run.ops, "describe", lambda: {"cuda": None})
         chosen, note = run.pick_device()

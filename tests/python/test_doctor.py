@@ -65,18 +65,18 @@ def test_gpu(found):
     assert not [p for p in found["problems"] if "GPU" in p["what"] or "cuda" in p["what"]]
 
 
-def test_exit_code_and_text(monkeypatch):
-    findings = doctor.examine() | {"problems": []}
+def test_exit_code_and_text(found, monkeypatch, capsys):
+    findings = found | {"problems": []}
     monkeypatch.setattr(doctor, "examine", lambda: findings)
-    lines = []
-    assert doctor.main(write=lines.append) == 0
-    assert "Kernels on cpu" in lines[0]
-    assert lines[0].endswith("Problems\n  none\n")
+    assert doctor.main() == 0
+    text = capsys.readouterr().out
+    assert "Kernels on cpu" in text
+    assert text.endswith("Problems\n  none\n")
     findings["problems"] = [{"what": "the moon is full", "fix": "pip install wolf"}]
-    assert doctor.main(write=lines.append) == 1
-    assert "the moon is full\n    mend it with: pip install wolf" in lines[1]
-    assert doctor.main(as_json=True, write=lines.append) == 1
-    assert json.loads(lines[2])["problems"] == findings["problems"]
+    assert doctor.main() == 1
+    assert "the moon is full\n    mend it with: pip install wolf" in capsys.readouterr().out
+    assert doctor.main(as_json=True) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == findings["problems"]
 
 
 def test_name_clash(monkeypatch):

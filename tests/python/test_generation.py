@@ -157,7 +157,9 @@ def test_narrow_sampling_is_greedy(options):
 )
 def test_sampled_frequencies(device, options):
     draws = 40000
-    logits = torch.tensor([[0.3, 2.0, -1.0, 1.1, 0.0, 1.9, -3.0, 0.7], [0.01 * i for i in range(8)]])
+    logits = torch.tensor(
+        [[0.3, 2.0, -1.0, 1.1, 0.0, 1.9, -3.0, 0.7], [0.01 * i for i in range(8)]]
+    )
     expected = probabilities(logits, **options)
     generator = torch.Generator(device=device).manual_seed(0)
     many = logits.to(device).repeat_interleave(draws, dim=0)

@@ -130,7 +130,7 @@ def test_last_only_is_the_last_row(oracle):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_close_as_transformers(oracle, dtype):
-    model, folder, ids, expected = oracle
+    _, folder, ids, expected = oracle
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     with torch.no_grad():
         their_error = relative_error(theirs(ids).logits.float(), expected)

@@ -52,6 +52,8 @@ class Figures:
 def pick_device(requested: str | None = None) -> tuple[torch.device, str | None]:
     """The device to run on, and why not the GPU where there is one that fastq cannot use."""
     if requested is not None:
+        if torch.device(requested).type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"device is {requested}, but torch sees no GPU: see `fastq doctor`")
         return torch.device(requested), None
     if not torch.cuda.is_available():
         return torch.device("cpu"), None

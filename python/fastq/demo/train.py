@@ -124,9 +124,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
-def batches(
-    tokens: Tensor, batch: int, context: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(tokens: Tensor, batch: int, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (inputs, targets), each (batch, context), at random places of `tokens`."""
     generator = torch.Generator(device=tokens.device).manual_seed(seed)
     span = torch.arange(context + 1, device=tokens.device)
@@ -269,7 +267,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
     stdlib = args.stdlib or corpus.stdlib_folder()
     version = args.stdlib_version or platform.python_version()
     texts = [text for _, text in corpus.training_texts(stdlib)][: args.max_files]

@@ -1,10 +1,10 @@
 """A minimal runtime for LLaMA-style checkpoints in Hugging Face form.
 
-    from fastq import runtime
-    model = runtime.load_model(folder)
-    tokenizer = runtime.Tokenizer(folder)
-    ids = runtime.generate(model, tokenizer.encode("def "), max_new_tokens=64)
-    print(tokenizer.decode(ids[0].tolist()))
+from fastq import runtime
+model = runtime.load_model(folder)
+tokenizer = runtime.Tokenizer(folder)
+ids = runtime.generate(model, tokenizer.encode("def "), max_new_tokens=64)
+print(tokenizer.decode(ids[0].tolist()))
 """
 
 from .checkpoint import load_model

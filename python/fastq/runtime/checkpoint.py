@@ -110,8 +110,9 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
     absent = sorted(name for name in weight_map if name not in locations)
     if absent:
         name = absent[0]
-        raise ValueError(f"{folder / weight_map[name]}: missing tensor {name}, which "
-                         f"{INDEX_FILE} places there")
+        raise ValueError(
+            f"{folder / weight_map[name]}: missing tensor {name}, which {INDEX_FILE} places there"
+        )
     return locations
 
 

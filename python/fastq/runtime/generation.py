@@ -103,9 +103,7 @@ def generate_tokens(
         ids = token[:, None]
 
 
-def generate(
-    model: LlamaForCausalLM, input_ids: Tensor | Sequence[int], **options
-) -> Tensor:
+def generate(model: LlamaForCausalLM, input_ids: Tensor | Sequence[int], **options) -> Tensor:
     """The new tokens, (batch, new) int64 with new <= max_new_tokens.
 
     Takes what `generate_tokens` takes, and raises the same.

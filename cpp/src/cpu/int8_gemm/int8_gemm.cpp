@@ -138,13 +138,19 @@ void run_swapped(const Int8GemmProblem& p, const GemmKernels& kernels, const Chu
                  const int8_t* packed_a) {
   alignas(64) int32_t acc[kTileM * kTileN];
   const int64_t block_stride = packed_block_stride(p.K);
+  // The tiles that share rows of b^T fetch the next ones between them; a single one would only get
+  // in the way of its own loads.
+  const int64_t tiles = (chunk.m_end - chunk.m_begin + kSwappedTileM - 1) / kSwappedTileM;
+  const int fetch_rows = tiles > 1 ? static_cast<int>((kTileN + tiles - 1) / tiles) : 0;
   for (int64_t n = chunk.n_begin; n < chunk.n_end; n += kTileN) {
     const Chunk column{chunk.m_begin, chunk.m_end, n, std::min(n + kTileN, chunk.n_end)};
+    int64_t fetch_row = kTileN;
     for_each_tile(column, kSwappedTileM, [&](int64_t m, int rows, int64_t n0, int cols) {
       kernels.swapped_tile({packed_a + m / kBlockN * block_stride, block_stride, rows,
-                            p.b + n0 * p.stride_bn, p.stride_bn, cols, p.K},
+                            p.b + n0 * p.stride_bn, p.stride_bn, cols, p.K, fetch_row, fetch_rows},
                            acc);
       kernels.write_tile(p, m, rows, n0, cols, acc);
+      fetch_row += fetch_rows;
     });
   }
 }

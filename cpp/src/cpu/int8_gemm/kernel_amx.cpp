@@ -73,6 +73,26 @@ inline void multiply_block(const int8_t* a, int64_t stride_am, const int8_t* b,
   }
 }
 
+// What to fetch into L2 during a panel: at each K block, the next `bytes` of each stream. An
+// address, not a pointer: past the end of the weight the fetch does nothing.
+struct Ahead {
+  uintptr_t address;
+  int64_t stride;
+  int streams;
+  int bytes;
+};
+
+inline uintptr_t address(const int8_t* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+
+inline void fetch(const Ahead& ahead, int64_t block) {
+  uintptr_t line = ahead.address + block * ahead.bytes;
+  for (int i = 0; i < ahead.streams; ++i, line += ahead.stride) {
+    for (int byte = 0; byte < ahead.bytes; byte += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(line + byte), _MM_HINT_T1);
+    }
+  }
+}
+
 struct Panel {
   const int8_t* a;
   int64_t stride_am;
@@ -80,19 +100,8 @@ struct Panel {
   const int8_t* b;
   int64_t block_stride;
   int64_t blocks;  // whole K blocks
-  // What to fetch into L2 meanwhile: in each of two streams, block_stride apart, ahead_bytes a K
-  // block. An address, not a pointer: past the end of the weight the fetch does nothing.
-  uintptr_t ahead;
-  int ahead_bytes;
+  Ahead ahead;
 };
-
-inline uintptr_t address(const int8_t* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
-
-inline void prefetch(uintptr_t address, int bytes) {
-  for (int line = 0; line < bytes; line += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(address + line), _MM_HINT_T1);
-  }
-}
 
 template <int RowTiles, int ColTiles>
 void multiply_panel(const Panel& p, bool accumulate, int32_t* acc) {
@@ -112,10 +121,7 @@ void multiply_panel(const Panel& p, bool accumulate, int32_t* acc) {
   }
   const int8_t* b = p.b;
   for (int64_t block = 0; block < p.blocks; ++block, b += kBlockBytes) {
-    prefetch(p.ahead + block * p.ahead_bytes, p.ahead_bytes);
-    if constexpr (ColTiles == 2) {
-      prefetch(p.ahead + p.block_stride + block * p.ahead_bytes, p.ahead_bytes);
-    }
+    fetch(p.ahead, block);
     multiply_block<RowTiles, ColTiles>(p.a + block * kBlockK, p.stride_am, b, p.block_stride);
   }
   if (p.a_tail != nullptr) {
@@ -150,6 +156,7 @@ void packed_tile(const PackedTile& t, int32_t* acc) {
   // With a single panel of rows nothing in L1 is used again, and K is walked at once.
   const int64_t step = t.rows > kPanelRows ? kBlocksInL1 : full_blocks + 1;
   const int panels = (t.rows + kPanelRows - 1) / kPanelRows;
+  const int streams = t.cols > kBlockN ? 2 : 1;
   int64_t block = 0;
   do {
     const int64_t left = full_blocks - block;
@@ -159,14 +166,13 @@ void packed_tile(const PackedTile& t, int32_t* acc) {
       const int rows = t.rows - r < kPanelRows ? t.rows - r : kPanelRows;
       const int8_t* a = t.a + r * t.stride_am + block * kBlockK;
       const int8_t* b = t.b + block * kBlockBytes;
-      Panel panel{
-          a,          t.stride_am, nullptr, b, t.block_stride, blocks, address(b) + kStreamAhead,
-          kBlockBytes};
+      Ahead ahead{address(b) + kStreamAhead, t.block_stride, streams, kBlockBytes};
       if (panels > 1) {  // each panel fetches its share of the columns that come next
         const int64_t next = last ? 2 * t.block_stride : (block + blocks) * kBlockBytes;
-        panel.ahead_bytes = kBlockBytes / panels / 64 * 64;
-        panel.ahead = address(t.b) + next + r / kPanelRows * panel.ahead_bytes * blocks;
+        ahead.bytes = kBlockBytes / panels / 64 * 64;
+        ahead.address = address(t.b) + next + r / kPanelRows * ahead.bytes * blocks;
       }
+      Panel panel{a, t.stride_am, nullptr, b, t.block_stride, blocks, ahead};
       if (last && t.K % kBlockK != 0) {
         copy_tail(a + blocks * kBlockK, t.stride_am, rows, t.K % kBlockK, tail);
         panel.a_tail = tail;
@@ -188,7 +194,8 @@ void swapped_tile(const SwappedTile& t, int32_t* acc) {
   alignas(64) int8_t tail[kPanelRows * kBlockK];
   alignas(64) int32_t sums[kPanelRows * kTileN];  // [n][m]
   const int64_t full_blocks = t.K / kBlockK;
-  Panel panel{t.w, t.stride_wn, nullptr, t.a, t.block_stride, full_blocks, 0, 0};
+  const Ahead ahead{address(t.w) + t.fetch_row * t.stride_wn, t.stride_wn, t.fetch_rows, kBlockK};
+  Panel panel{t.w, t.stride_wn, nullptr, t.a, t.block_stride, full_blocks, ahead};
   if (t.K % kBlockK != 0) {
     copy_tail(t.w + full_blocks * kBlockK, t.stride_wn, t.cols, t.K % kBlockK, tail);
     panel.a_tail = tail;

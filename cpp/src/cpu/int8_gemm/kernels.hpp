@@ -51,6 +51,8 @@ struct SwappedTile {
   int64_t stride_wn;
   int cols;  // at most kTileN
   int64_t K;
+  int64_t fetch_row;  // rows of w, counted from its first, to fetch into L2 meanwhile
+  int fetch_rows;
 };
 
 struct GemmKernels {

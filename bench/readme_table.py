@@ -1,0 +1,131 @@
+"""Writes the README's tables from the newest committed results.
+
+``python -m bench.readme_table`` rewrites what stands between ``<!-- bench:begin -->`` and
+``<!-- bench:end -->``; with ``--check`` it only says whether that is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .int8_gemm import BF16_MM, INT_MM
+from .results import REPOSITORY, RESULTS, newest
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+Line = dict[str, Any]
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines] + [""]
+
+
+def by_shape(lines: list[Line]) -> dict[tuple, dict[str, Line]]:
+    """The implementations of each shape."""
+    shapes: dict[tuple, dict[str, Line]] = {}
+    for line in lines:
+        shapes.setdefault(tuple(line["shape"].values()), {})[line["implementation"]] = line
+    return shapes
+
+
+def microseconds(line: Line | None) -> str:
+    return "" if line is None else f"{line['p50_us']:,.1f}"
+
+
+def gemm_rows(lines: list[Line]) -> list[list[str]]:
+    """Our fastest form of each shape beside the fastest layout of torch._int_mm and bfloat16."""
+    rows = []
+    for shape, cases in by_shape(lines).items():
+        ours = [line for name, line in cases.items() if name.startswith("fastq")]
+        theirs = [line for name, line in cases.items() if name.startswith(INT_MM)]
+        best = min(ours, key=lambda line: line["p50_us"])
+        int_mm = min(theirs, key=lambda line: line["p50_us"], default=None)
+        bf16 = cases.get(BF16_MM)
+        speedups = [
+            f"{other['p50_us'] / best['p50_us']:.2f}" if other else "" for other in (int_mm, bf16)
+        ]
+        name = best["implementation"].removeprefix("fastq")
+        rows.append(
+            [
+                " × ".join(str(size) for size in shape),
+                microseconds(best) + (f" {name}" if name else ""),
+                f"{best['rate']:,.1f}" if best["rate"] >= 10 else f"{best['rate']:.2f}",
+                microseconds(int_mm),
+                microseconds(bf16),
+                *speedups,
+            ]
+        )
+    return rows
+
+
+def quantize_rows(lines: list[Line]) -> list[list[str]]:
+    rows = []
+    for op in ("quantize_per_token", "dequantize"):
+        for shape, cases in by_shape([line for line in lines if line["op"] == op]).items():
+            ours, theirs = cases["fastq"], cases["torch"]
+            rows.append(
+                [
+                    f"`{op}` {' × '.join(str(size) for size in shape)}",
+                    microseconds(ours),
+                    f"{ours['rate']:,.0f}",
+                    microseconds(theirs),
+                    f"{theirs['p50_us'] / ours['p50_us']:.2f}",
+                ]
+            )
+    return rows
+
+
+def read(folder: Path, op: str) -> list[Line]:
+    path = folder / f"{op}.jsonl"
+    return list(newest(path).values()) if path.exists() else []
+
+
+def section(folder: Path) -> list[str]:
+    """The tables of one device."""
+    gemm, quantize, overhead = (
+        read(folder, op) for op in ("int8_gemm", "quantize", "call_overhead")
+    )
+    lines = gemm + quantize + overhead
+    if not lines:
+        return []
+    last = max(lines, key=lambda line: line["time"])
+    threads = f", {last['threads']} threads" if "threads" in last else ""
+    text = [f"**{last['device']}**{threads}, torch {last['torch']}, {last['time'][:10]}", ""]
+    if gemm:
+        head = ["M × N × K", "fastq µs", "TOP/s", "`_int_mm` µs", "bf16 `mm` µs"]
+        text += table([*head, "× `_int_mm`", "× bf16"], gemm_rows(gemm))
+    if quantize:
+        head = ["bfloat16 rows × columns", "fastq µs", "GB/s", "eager torch µs", "× torch"]
+        text += table(head, quantize_rows(quantize))
+    if overhead:
+        head = ["host time of a call", "µs"]
+        rows = [[f"`{line['implementation']}`", f"{line['p50_us']:.1f}"] for line in overhead]
+        text += table(head, rows)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.readme_table")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when outdated")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
+    options = parser.parse_args()
+    readme = options.readme.read_text(encoding="utf-8")
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    text = [line for folder in sorted(options.results.iterdir()) for line in section(folder)]
+    updated = "\n".join([before + BEGIN, *text, END + after])
+    if updated == readme:
+        print("the README is up to date")
+    elif options.check:
+        sys.exit("the README's tables are older than the results: python -m bench.readme_table")
+    else:
+        options.readme.write_text(updated, encoding="utf-8")
+        print(f"wrote {options.readme}")
+
+
+if __name__ == "__main__":
+    main()
