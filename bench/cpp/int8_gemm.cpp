@@ -336,7 +336,7 @@ void report(const Options& options, const Shape& s, const std::string& implement
                "\"p50_us\": %.3f, \"p90_us\": %.3f, \"timer\": \"%s\", \"copies\": %zu, "
                "\"rate\": %.3f, \"unit\": \"TOP/s\", \"peer\": null, \"ratio\": null}\n",
                stamp, options.commit.c_str(), device_name(options.cuda).c_str(), fastq_version(),
-               fastq_get_num_threads(), s.tag.c_str(), static_cast<long>(s.M),
+               fastq::get_num_threads(), s.tag.c_str(), static_cast<long>(s.M),
                static_cast<long>(s.N), static_cast<long>(s.K), implementation.c_str(),
                config.c_str(), t.p10_us, t.p50_us, t.p90_us,
                options.cuda ? "cuda graph" : "steady_clock", copies, rate);

@@ -76,7 +76,12 @@ fastq_status fastq_set_num_threads(int32_t num_threads) {
   });
 }
 
-int32_t fastq_get_num_threads(void) { return fastq::cpu::get_num_threads(); }
+fastq_status fastq_get_num_threads(int32_t* num_threads) {
+  return guarded([&] {
+    required(num_threads, "get_num_threads: num_threads");
+    *num_threads = fastq::cpu::get_num_threads();
+  });
+}
 
 fastq_status fastq_int8_gemm_workspace_size(const fastq_int8_gemm_args* args, size_t* bytes) {
   return guarded([&] {
@@ -114,8 +119,7 @@ fastq_status fastq_pack_weight(const fastq_weight* plain, const fastq_tensor* pa
 }
 
 fastq_status fastq_quantize_per_token(const fastq_quantize_args* args) {
-  return guarded(
-      [&] { fastq::quantize_per_token(required(args, "quantize_per_token: args")); });
+  return guarded([&] { fastq::quantize_per_token(required(args, "quantize_per_token: args")); });
 }
 
 fastq_status fastq_quantize_per_channel(const fastq_quantize_args* args) {

@@ -1,7 +1,7 @@
 // dequantize on CUDA.
 #pragma once
 
-#include "core/backend.hpp"
+#include "core/problem.hpp"
 
 namespace fastq::cuda {
 

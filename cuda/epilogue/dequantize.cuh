@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "core/backend.hpp"
+#include "core/problem.hpp"
 
 namespace fastq::cuda {
 

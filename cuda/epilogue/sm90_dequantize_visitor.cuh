@@ -29,7 +29,8 @@ struct Sm90DequantizeVisitor {
   using Params = DequantizeParams;
 
   template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(const ProblemShape&, const Arguments& args, void*) {
+  static constexpr Params to_underlying_arguments(const ProblemShape&, const Arguments& args,
+                                                  void*) {
     return args;
   }
   template <class ProblemShape>
@@ -66,10 +67,19 @@ struct Sm90DequantizeVisitor {
   // all static.
   template <class Coords>
   struct Callbacks : cutlass::epilogue::fusion::detail::EmptyConsumerStoreCallbacks {
-    CUTLASS_DEVICE Callbacks(const Params* p, SharedStorage* s, Coords c, int m, int n, int M, int N,
-                             int thread_m, int thread_n, int thread, int threads)
-        : params(p), shared(s), coords(c), tile_m(m), tile_n(n), size_m(M), size_n(N),
-          first_m(thread_m), first_n(thread_n), thread_index(thread), thread_count(threads) {}
+    CUTLASS_DEVICE Callbacks(const Params* p, SharedStorage* s, Coords c, int m, int n, int M,
+                             int N, int thread_m, int thread_n, int thread, int threads)
+        : params(p),
+          shared(s),
+          coords(c),
+          tile_m(m),
+          tile_n(n),
+          size_m(M),
+          size_n(N),
+          first_m(thread_m),
+          first_n(thread_n),
+          thread_index(thread),
+          thread_count(threads) {}
 
     const Params* params;
     SharedStorage* shared;

@@ -66,7 +66,7 @@ const GemmKernel* find_gemm_kernel(KernelFamily family, const TileConfig& tile, 
 
 size_t int8_gemm_workspace_size(const Int8GemmProblem& p) { return choose(p).workspace_size(); }
 
-void int8_gemm(const Int8GemmProblem& p, void* workspace, size_t) {
+void int8_gemm(const Int8GemmProblem& p, Workspace& workspace) {
   const GemmChoice choice = choose(p);
   const int output_bytes = static_cast<int>(element_size(p.out_dtype));
   const GemmKernel* kernel = find_gemm_kernel(choice.family, choice.tile, output_bytes);
@@ -79,14 +79,10 @@ void int8_gemm(const Int8GemmProblem& p, void* workspace, size_t) {
 
   // TMA wants a row stride even where there is one row.
   const int64_t padded_k = round_up(p.K, 16);
-  GemmLaunch launch{&p,
-                    p.a,
-                    p.M == 1 ? padded_k : p.stride_am,
-                    p.b,
-                    p.N == 1 ? padded_k : p.stride_bn,
-                    &props,
-                    stream};
-  auto* space = static_cast<int8_t*>(workspace);
+  GemmLaunch launch{
+      &p,     p.a,   p.M == 1 ? padded_k : p.stride_am, p.b, p.N == 1 ? padded_k : p.stride_bn,
+      &props, stream};
+  auto* space = static_cast<int8_t*>(workspace.get("int8_gemm", choice.workspace_size()));
   if (choice.relayout_a) {
     relayout(p.a, p.stride_am, p.stride_ak, p.M, p.K, space, padded_k, stream);
     launch.a = space, launch.ld_a = padded_k;

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "core/backend.hpp"
+#include "core/problem.hpp"
 #include "int8_gemm/int8_gemm_tile.hpp"
 
 namespace fastq::cuda {
@@ -62,10 +62,9 @@ inline GemmShape gemm_shape(const Int8GemmProblem& p) {
   shape.M = p.M, shape.N = p.N, shape.K = p.K;
   shape.a_is_vectorizable = readable(p.a, p.stride_am, p.stride_ak, p.M);
   shape.b_is_vectorizable = readable(p.b, p.stride_bn, p.stride_bk, p.N);
-  shape.out_is_vectorizable =
-      p.stride_on == 1 && p.N * out_size % 16 == 0 &&
-      reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
-      (p.M == 1 || (p.stride_om > 0 && p.stride_om * out_size % 16 == 0));
+  shape.out_is_vectorizable = p.stride_on == 1 && p.N * out_size % 16 == 0 &&
+                              reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
+                              (p.M == 1 || (p.stride_om > 0 && p.stride_om * out_size % 16 == 0));
   return shape;
 }
 

@@ -4,14 +4,14 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/backend.hpp"
+#include "core/problem.hpp"
 #include "int8_gemm/int8_gemm_tile.hpp"
 #include "runtime/device.hpp"
 
 namespace fastq::cuda {
 
-// What a kernel is launched with. a and b are K-major, their rows ld_a and ld_b bytes apart, 16-byte
-// aligned.
+// What a kernel is launched with. a and b are K-major, their rows ld_a and ld_b bytes apart,
+// 16-byte aligned.
 struct GemmLaunch {
   const Int8GemmProblem* problem;
   const int8_t* a;

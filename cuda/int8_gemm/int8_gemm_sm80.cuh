@@ -52,15 +52,15 @@ struct Sm80Traits {
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   static_assert(kTileK == 64 || kTileK == 128, "a swizzled row is 64 or 128 bytes");
 
-  using Mma = cute::TiledMMA<
-      cute::MMA_Atom<cute::SM80_16x8x32_S32S8S8S32_TN>,
-      cute::Layout<cute::Shape<cute::Int<kWarpsM>, cute::Int<kWarpsN>, cute::_1>>,
-      cute::Tile<cute::Int<16 * kWarpsM>, cute::Int<16 * kWarpsN>, cute::_32>>;
+  using Mma =
+      cute::TiledMMA<cute::MMA_Atom<cute::SM80_16x8x32_S32S8S8S32_TN>,
+                     cute::Layout<cute::Shape<cute::Int<kWarpsM>, cute::Int<kWarpsN>, cute::_1>>,
+                     cute::Tile<cute::Int<16 * kWarpsM>, cute::Int<16 * kWarpsN>, cute::_32>>;
   // The 16-byte chunks of 8 rows are permuted so that ldmatrix meets no bank conflict.
-  using SmemAtom = decltype(cute::composition(
-      cute::Swizzle<kTileK == 128 ? 3 : 2, 4, 3>{},
-      cute::Layout<cute::Shape<cute::_8, cute::Int<kTileK>>,
-                   cute::Stride<cute::Int<kTileK>, cute::_1>>{}));
+  using SmemAtom =
+      decltype(cute::composition(cute::Swizzle<kTileK == 128 ? 3 : 2, 4, 3>{},
+                                 cute::Layout<cute::Shape<cute::_8, cute::Int<kTileK>>,
+                                              cute::Stride<cute::Int<kTileK>, cute::_1>>{}));
   using SmemA = decltype(cute::tile_to_shape(
       SmemAtom{}, cute::Shape<cute::Int<kTileM>, cute::Int<kTileK>, cute::Int<kStages>>{}));
   using SmemB = decltype(cute::tile_to_shape(
@@ -115,8 +115,7 @@ __device__ inline void store_tile(const Sm80Params& p, Accumulators& acc, int m0
     Word words[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float value =
-          dequantize(acc(i + j), scale_a[m], scale_b[n + j], bias[n + j], has_bias);
+      const float value = dequantize(acc(i + j), scale_a[m], scale_b[n + j], bias[n + j], has_bias);
       words[j] = output_word<Word>(acc(i + j), value, kind);
     }
     Word* target = out + (m0 + m) * p.stride_om + (n0 + n) * p.stride_on;
@@ -206,18 +205,11 @@ struct Sm80Gemm {
     const Int8GemmProblem& p = *launch.problem;
     const bool pairs = p.stride_on == 1 && (p.M == 1 || p.stride_om % 2 == 0) &&
                        reinterpret_cast<uintptr_t>(p.out) % (2 * sizeof(Word)) == 0;
-    const Sm80Params params{int(p.M),
-                            int(p.N),
-                            int(p.K),
-                            launch.a,
-                            launch.ld_a,
-                            launch.b,
-                            launch.ld_b,
-                            p.out,
-                            p.stride_om,
-                            p.stride_on,
-                            pairs,
-                            {p.scale_a, p.scale_b, p.bias, output_kind(p.out_dtype)}};
+    const Sm80Params params{
+        int(p.M),    int(p.N),    int(p.K),
+        launch.a,    launch.ld_a, launch.b,
+        launch.ld_b, p.out,       p.stride_om,
+        p.stride_on, pairs,       {p.scale_a, p.scale_b, p.bias, output_kind(p.out_dtype)}};
     const int64_t blocks = (round_up(p.M, kTileM) / kTileM) * (round_up(p.N, kTileN) / kTileN);
     kKernel<<<static_cast<unsigned>(blocks), Traits::kThreads, Traits::kSmemBytes, launch.stream>>>(
         params);

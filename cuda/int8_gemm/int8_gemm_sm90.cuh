@@ -36,17 +36,17 @@ struct Sm90Gemm {
   using MainloopSchedule =
       std::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
                          cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
-  using EpilogueSchedule =
-      std::conditional_t<kPingpong, cutlass::epilogue::TmaWarpSpecialized,
-                         cutlass::epilogue::TmaWarpSpecializedCooperative>;
+  using EpilogueSchedule = std::conditional_t<kPingpong, cutlass::epilogue::TmaWarpSpecialized,
+                                              cutlass::epilogue::TmaWarpSpecializedCooperative>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, void, RowMajor,
-      16 / sizeof(Word), Word, RowMajor, 16 / sizeof(Word), EpilogueSchedule, Visitor>::CollectiveOp;
+      16 / sizeof(Word), Word, RowMajor, 16 / sizeof(Word), EpilogueSchedule,
+      Visitor>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, RowMajor, 16, int8_t, ColumnMajor,
-      16, int32_t, Tile, Cluster,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, RowMajor, 16, int8_t,
+      ColumnMajor, 16, int32_t, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename Epilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
@@ -74,18 +74,20 @@ struct Sm90Gemm {
   static typename Mainloop::Params mainloop_params(const GemmLaunch& launch) {
     const Int8GemmProblem& p = *launch.problem;
     typename Mainloop::Params params;
-    params.tma_load_a = cached_tma<typename Mainloop::Params::TMA_A>(
-        {launch.a, p.M, p.K, launch.ld_a}, [&] {
-          auto a = cute::make_tensor(as_tma_element(launch.a), cute::make_shape(int(p.M), int(p.K), 1),
-                                     cute::make_stride(launch.ld_a, cute::_1{}, int64_t{0}));
+    params.tma_load_a =
+        cached_tma<typename Mainloop::Params::TMA_A>({launch.a, p.M, p.K, launch.ld_a}, [&] {
+          auto a =
+              cute::make_tensor(as_tma_element(launch.a), cute::make_shape(int(p.M), int(p.K), 1),
+                                cute::make_stride(launch.ld_a, cute::_1{}, int64_t{0}));
           return cute::make_tma_copy_A_sm90(
               typename Mainloop::GmemTiledCopyA{}, a,
               typename Mainloop::SmemLayoutA{}(cute::_, cute::_, cute::_0{}), Tile{}, Cluster{});
         });
-    params.tma_load_b = cached_tma<typename Mainloop::Params::TMA_B>(
-        {launch.b, p.N, p.K, launch.ld_b}, [&] {
-          auto b = cute::make_tensor(as_tma_element(launch.b), cute::make_shape(int(p.N), int(p.K), 1),
-                                     cute::make_stride(launch.ld_b, cute::_1{}, int64_t{0}));
+    params.tma_load_b =
+        cached_tma<typename Mainloop::Params::TMA_B>({launch.b, p.N, p.K, launch.ld_b}, [&] {
+          auto b =
+              cute::make_tensor(as_tma_element(launch.b), cute::make_shape(int(p.N), int(p.K), 1),
+                                cute::make_stride(launch.ld_b, cute::_1{}, int64_t{0}));
           return cute::make_tma_copy_B_sm90(
               typename Mainloop::GmemTiledCopyB{}, b,
               typename Mainloop::SmemLayoutB{}(cute::_, cute::_, cute::_0{}), Tile{}, Cluster{});
@@ -97,7 +99,8 @@ struct Sm90Gemm {
     const Int8GemmProblem& p = *launch.problem;
     typename Epilogue::Params params{};
     params.thread = {p.scale_a, p.scale_b, p.bias, output_kind(p.out_dtype)};
-    // A single row has no row stride of its own to speak of; TMA still wants a multiple of 16 bytes.
+    // A single row has no row stride of its own to speak of; TMA still wants a multiple of 16
+    // bytes.
     const int64_t ld =
         p.M == 1 ? round_up(p.N, 16 / static_cast<int64_t>(sizeof(Word))) : p.stride_om;
     params.tma_store_d = cached_tma<typename Epilogue::Params::TMA_D>({p.out, p.M, p.N, ld}, [&] {
@@ -114,13 +117,13 @@ struct Sm90Gemm {
     using Scheduler = typename Kernel::TileScheduler;
     cutlass::KernelHardwareInfo hardware{p.device_index, launch.device->sm_count};
     const auto shape = problem_shape(p);
-    typename Kernel::Params params{cutlass::gemm::GemmUniversalMode::kGemm,
-                                   shape,
-                                   mainloop_params(launch),
-                                   epilogue_params(launch),
-                                   hardware,
-                                   Scheduler::to_underlying_arguments(shape, Tile{}, Cluster{},
-                                                                      hardware, {}, nullptr)};
+    typename Kernel::Params params{
+        cutlass::gemm::GemmUniversalMode::kGemm,
+        shape,
+        mainloop_params(launch),
+        epilogue_params(launch),
+        hardware,
+        Scheduler::to_underlying_arguments(shape, Tile{}, Cluster{}, hardware, {}, nullptr)};
     cudaLaunchConfig_t config{};
     config.gridDim = Kernel::get_grid_shape(params);
     config.blockDim = Kernel::get_block_shape();

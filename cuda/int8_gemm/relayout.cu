@@ -29,9 +29,8 @@ __global__ void __launch_bounds__(kThreads)
       make_int4(from[0], from[1], from[2], from[3]);
 }
 
-[[maybe_unused]] const bool registered = register_loader([](const DeviceProps&) {
-  load_kernel(reinterpret_cast<const void*>(&relayout_kernel));
-});
+[[maybe_unused]] const bool registered = register_loader(
+    [](const DeviceProps&) { load_kernel(reinterpret_cast<const void*>(&relayout_kernel)); });
 
 }  // namespace
 

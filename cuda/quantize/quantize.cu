@@ -53,7 +53,8 @@ __device__ inline int8_t quantize_element(float x, RowScale row) {
 template <class T>
 __device__ inline uint32_t vector_max(const Vector16<T>& v, uint32_t absmax) {
 #pragma unroll
-  for (int i = 0; i < Vector16<T>::kSize; ++i) absmax = max(absmax, abs_bits(to_float(v.values[i])));
+  for (int i = 0; i < Vector16<T>::kSize; ++i)
+    absmax = max(absmax, abs_bits(to_float(v.values[i])));
   return absmax;
 }
 
@@ -125,8 +126,7 @@ void launch(const QuantizeProblem& p) {
            (p.rows == 1 || stride * size % bytes == 0);
   };
   const bool vector = p.stride_xc == 1 && p.stride_qc == 1 && p.cols % kSize == 0 && p.cols > 0 &&
-                      p.cols / kSize <= INT32_MAX &&
-                      aligned(p.x, p.stride_xr, 16, sizeof(T)) &&
+                      p.cols / kSize <= INT32_MAX && aligned(p.x, p.stride_xr, 16, sizeof(T)) &&
                       aligned(p.q, p.stride_qr, kSize, 1);
   const int64_t work = vector ? (p.cols / kSize + 1) / 2 : p.cols;
   int threads = 32;

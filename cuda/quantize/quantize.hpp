@@ -1,7 +1,7 @@
 // quantize on CUDA: one scale a row.
 #pragma once
 
-#include "core/backend.hpp"
+#include "core/problem.hpp"
 
 namespace fastq::cuda {
 

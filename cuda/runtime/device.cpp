@@ -22,7 +22,8 @@ std::string explain(cudaError_t error) {
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
     return "; fastq was built with CUDA " + version_text(runtime) + " and the driver " +
-           (driver == 0 ? std::string("is absent") : "supports up to CUDA " + version_text(driver)) +
+           (driver == 0 ? std::string("is absent")
+                        : "supports up to CUDA " + version_text(driver)) +
            ": update the NVIDIA driver, or rebuild fastq with an older CUDA toolkit";
   }
   if (error == cudaErrorNoKernelImageForDevice) {
@@ -100,7 +101,8 @@ const DeviceProps& device_props(int device) {
     invalid_value("the device index is " + std::to_string(device) + ", expected 0 to " +
                   std::to_string(kMaxDevices - 1));
   }
-  std::call_once(once[device], [&] { props[device] = std::make_unique<DeviceProps>(read_props(device)); });
+  std::call_once(once[device],
+                 [&] { props[device] = std::make_unique<DeviceProps>(read_props(device)); });
   return *props[device];
 }
 
@@ -140,10 +142,10 @@ std::string describe() {
   cudaRuntimeGetVersion(&runtime);
   const cudaError_t error = cudaGetDeviceCount(&count);
   cudaGetLastError();
-  std::string json = "{\"archs\":" + json_string(built_archs()) + ",\"runtime\":\"" +
-                     version_text(runtime) + "\",\"driver\":" +
-                     (driver == 0 ? "null" : "\"" + version_text(driver) + "\"") +
-                     ",\"cutlass\":\"" FASTQ_CUTLASS_VERSION "\",\"devices\":[";
+  std::string json =
+      "{\"archs\":" + json_string(built_archs()) + ",\"runtime\":\"" + version_text(runtime) +
+      "\",\"driver\":" + (driver == 0 ? "null" : "\"" + version_text(driver) + "\"") +
+      ",\"cutlass\":\"" FASTQ_CUTLASS_VERSION "\",\"devices\":[";
   for (int i = 0; error == cudaSuccess && i < count; ++i) {
     const DeviceProps& props = device_props(i);
     json += std::string(i > 0 ? "," : "") + "{\"name\":" + json_string(props.name) +

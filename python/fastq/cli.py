@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     demo.add_argument(
-        "--max-tokens", type=_positive, default=128, help="tokens to generate (default: 128)"
+        "--max-tokens", type=_positive, default=64, help="tokens to generate (default: 64)"
     )
     demo.add_argument("--json", action="store_true", help="print the figures as JSON")
 

@@ -144,44 +144,34 @@ _dequantize_out_op = torch.ops.fastq.dequantize.out
 _OPTIONAL = frozenset(("sa", "sb", "bias", "out"))
 
 
-def _mode_probes() -> tuple[Callable[[], Any], ...] | None:
-    """What tells whether anything stands between a call and its kernel; None where this torch
-    lacks one of them."""
+def _set_mode_probes() -> None:
+    """Tells the native module how to see that something stands between a call and its kernel: a
+    mode, a transform, a tracer or the profiler. Where this torch lacks one of the probes, every
+    call goes through the dispatcher."""
     try:
-        return (
-            torch._C._len_torch_dispatch_stack,
-            torch._C._len_torch_function_stack,
-            torch._C._functorch.maybe_current_level,
-            torch._C._get_tracing_state,
-            torch.autograd._profiler_enabled,
+        _core.set_mode_probes(
+            (
+                torch._C._len_torch_dispatch_stack,
+                torch._C._len_torch_function_stack,
+                torch._C._functorch.maybe_current_level,
+                torch._C._get_tracing_state,
+                torch.autograd._profiler_enabled,
+            )
         )
     except AttributeError:
-        return None
+        pass
 
 
-_probes = _mode_probes()
+_set_mode_probes()
 
 
-def _is_direct(required: tuple[Any, ...], optional: tuple[Any, ...] = ()) -> bool:
+def _is_direct(*tensors: Any) -> bool:
     """Whether the kernel may be called directly: plain tensors without grad, in plain eager mode.
 
-    The dispatcher costs as much as all the rest of a small call (about 4 us), and only does
-    something where a mode, a transform, a subclass, a tracer or the profiler wants to see the op.
+    The dispatcher costs as much as all the rest of a small call (about 4 us), and does nothing for
+    such a one.
     """
-    if _probes is None or torch.compiler.is_compiling():
-        return False
-    for tensor in required:
-        if tensor.__class__ is not Tensor or tensor.requires_grad:
-            return False
-    for tensor in optional:
-        if tensor is not None and (tensor.__class__ is not Tensor or tensor.requires_grad):
-            return False
-    if required[0].is_meta:
-        return False
-    for probe in _probes:  # noqa: SIM110 (a generator costs 0.4 us)
-        if probe():
-            return False
-    return True
+    return not torch.compiler.is_compiling() and _core.is_direct(*tensors)
 
 
 def _check_tensors(op: str, **tensors: Any) -> None:
@@ -259,7 +249,7 @@ def int8_gemm(
         sa = _as_scale(sa, a)
     if sb.__class__ is not Tensor:
         sb = _as_scale(sb, a)
-    direct = _is_direct((a, b), (sa, sb, bias, out))
+    direct = a is not None and b is not None and _is_direct(a, b, sa, sb, bias, out)
     if not direct:
         _check_tensors("int8_gemm", a=a, b=b, sa=sa, sb=sb, bias=bias, out=out)
     if out is not None:
@@ -326,7 +316,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     _check_tensors("quantize_per_token", x=x)
     if x.dim() < 1:
         raise ValueError("quantize_per_token: x has shape (), expected (..., K)")
-    return _quantize_per_token(x) if _is_direct((x,)) else _quantize_per_token_op(x)
+    return _quantize_per_token(x) if _is_direct(x) else _quantize_per_token_op(x)
 
 
 def quantize_per_channel(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,7 +335,7 @@ def quantize_per_channel(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_tensors("quantize_per_channel", w=w)
     if w.dim() != 2:
         raise ValueError(f"quantize_per_channel: w has shape {tuple(w.shape)}, expected (N, K)")
-    return _quantize_per_channel(w) if _is_direct((w,)) else _quantize_per_channel_op(w)
+    return _quantize_per_channel(w) if _is_direct(w) else _quantize_per_channel_op(w)
 
 
 def dequantize(
@@ -369,7 +359,7 @@ def dequantize(
     if s.__class__ is not Tensor:
         s = _as_scale(s, q)
     _check_tensors("dequantize", q=q, s=s, out=out)
-    direct = _is_direct((q,), (s, out))
+    direct = _is_direct(q, s, out)
     if q.dim() < 1:
         raise ValueError("dequantize: q has shape (), expected (..., K)")
     if out is not None:

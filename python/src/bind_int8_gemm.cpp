@@ -29,16 +29,32 @@ void fill(Call& call, py::handle a, py::handle b, py::handle sa, py::handle sb, 
   call.args.stream = current_stream(call.args.a, a);
 }
 
+// The workspace comes from torch's allocator, in the order of the current stream. The library asks
+// while the GIL is released.
+struct TorchWorkspace {
+  py::handle like;
+  py::object held;
+
+  static void* allocate(void* context, size_t bytes) noexcept {
+    const py::gil_scoped_acquire acquire;
+    auto& self = *static_cast<TorchWorkspace*>(context);
+    try {
+      self.held = fastq_python::allocate(bytes, self.like);
+      return view_of(self.held, "int8_gemm", "workspace").data;
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("fastq.int8_gemm");
+      return nullptr;
+    }
+  }
+};
+
 void int8_gemm(py::handle a, py::handle b, py::handle sa, py::handle sb, py::handle bias,
                py::handle out, py::handle packed_shape) {
   Call call;
   fill(call, a, b, sa, sb, bias, out, packed_shape);
-  check(fastq_int8_gemm_workspace_size(&call.args, &call.args.workspace_size));
-  py::object workspace;
-  if (call.args.workspace_size > 0) {
-    workspace = allocate(call.args.workspace_size, a);
-    call.args.workspace = view_of(workspace, "int8_gemm", "workspace").data;
-  }
+  TorchWorkspace workspace{a, {}};
+  call.args.allocate = &TorchWorkspace::allocate;
+  call.args.allocate_context = &workspace;
   fastq_status status;
   {
     py::gil_scoped_release release;

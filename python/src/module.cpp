@@ -1,5 +1,5 @@
-// fastq._core: libfastq on torch tensors. Every function takes tensors that exist already and enters
-// the library by its C ABI, as any other program would.
+// fastq._core: libfastq on torch tensors. Every function takes tensors that exist already and
+// enters the library by its C ABI, as any other program would.
 #include <string>
 
 #include "tensor.hpp"
@@ -16,7 +16,13 @@ PYBIND11_MODULE(_core, module) {
   });
   module.def("set_num_threads",
              [](int num_threads) { fp::check(fastq_set_num_threads(num_threads)); });
-  module.def("get_num_threads", &fastq_get_num_threads);
+  module.def("get_num_threads", [] {
+    int32_t num_threads = 0;
+    fp::check(fastq_get_num_threads(&num_threads));
+    return num_threads;
+  });
+  module.def("set_mode_probes", &fp::set_mode_probes);
+  module.def("is_direct", &fp::is_direct);
   fp::bind_int8_gemm(module);
   fp::bind_quantize(module);
   fp::bind_dequantize(module);

@@ -91,8 +91,9 @@ void set_device(fastq_tensor& view, int device_type, int index, const char* op, 
   } else if (device_type == dlpack::kCPU || device_type == dlpack::kCUDAHost) {
     view.device_type = FASTQ_CPU;
   } else {
-    refuse(op, name, "is on " + std::string(py::str(object.attr("device"))) +
-                         ", expected a cpu or cuda device");
+    refuse(
+        op, name,
+        "is on " + std::string(py::str(object.attr("device"))) + ", expected a cpu or cuda device");
   }
 }
 
@@ -158,8 +159,9 @@ fastq_tensor view_of(py::handle object, const char* op, const char* name) {
   const fastq_tensor view = api != nullptr ? view_from_exchange(*api, object, op, name)
                                            : view_from_attributes(object, op, name);
   if (view.dtype == FASTQ_DTYPE_NONE) {
-    refuse(op, name, "has dtype " + dtype_text(object) +
-                         ", expected float32, float16, bfloat16, int8, int32 or uint8");
+    refuse(op, name,
+           "has dtype " + dtype_text(object) +
+               ", expected float32, float16, bfloat16, int8, int32 or uint8");
   }
   return view;
 }
@@ -194,6 +196,38 @@ void check(fastq_status status) {
       break;
   }
   throw std::runtime_error(fastq_last_error());
+}
+
+namespace {
+PyObject* mode_probes = nullptr;  // a tuple; null: never call directly
+
+bool is_true(py::handle object, PyObject* attribute) {
+  const py::object value =
+      py::reinterpret_steal<py::object>(PyObject_GetAttr(object.ptr(), attribute));
+  if (!value) throw py::error_already_set();
+  return value.ptr() == Py_True;
+}
+}  // namespace
+
+void set_mode_probes(py::tuple probes) { mode_probes = probes.release().ptr(); }
+
+bool is_direct(const py::args& tensors) {
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  static PyObject* const is_meta = PyUnicode_InternFromString("is_meta");
+  if (mode_probes == nullptr) return false;
+  const PyObject* plain = torch().tensor_type.ptr();
+  for (const py::handle tensor : tensors) {
+    if (tensor.is_none()) continue;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) != plain) return false;
+    if (is_true(tensor, requires_grad) || is_true(tensor, is_meta)) return false;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(mode_probes); ++i) {
+    const py::object found =
+        py::reinterpret_steal<py::object>(PyObject_CallNoArgs(PyTuple_GET_ITEM(mode_probes, i)));
+    if (!found) throw py::error_already_set();
+    if (PyObject_IsTrue(found.ptr()) != 0) return false;
+  }
+  return true;
 }
 
 py::object allocate(size_t bytes, py::handle like) {

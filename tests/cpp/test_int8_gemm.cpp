@@ -1,6 +1,7 @@
 // int8_gemm on the CPU from C++, every instruction set of this machine, against plain loops. Each
 // operand is a heap block of exactly its own size, so that the preset `asan` sees a read or write
 // one element too far, which the Python tests cannot.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -54,6 +55,43 @@ int8_t element(const fastq_tensor& view, int64_t i, int64_t j) {
   return static_cast<const int8_t*>(view.data)[i * view.strides[0] + j * view.strides[1]];
 }
 
+int failures = 0;
+
+void* allocate(void* context, size_t bytes) {
+  auto& blocks = *static_cast<std::vector<std::vector<char>>*>(context);
+  blocks.emplace_back(bytes + 64);
+  char* start = blocks.back().data();
+  return start + (64 - reinterpret_cast<uintptr_t>(start) % 64) % 64;
+}
+
+void* refuse(void*, size_t) { return nullptr; }
+
+// The library may ask for the workspace instead of being given it.
+template <class Out>
+void run_with_allocator(fastq_int8_gemm_args args, size_t size, std::vector<Out>& out) {
+  const std::vector<Out> expected = out;
+  std::fill(out.begin(), out.end(), Out{});
+  std::vector<std::vector<char>> blocks;
+  args.allocate = allocate;
+  args.allocate_context = &blocks;
+  fastq::check(fastq_int8_gemm(&args));
+  if (out != expected || blocks.size() != (size > 0 ? 1 : 0)) {
+    ++failures;
+    std::printf("with an allocator: other sums, or %zu blocks\n", blocks.size());
+  }
+  if (size == 0) return;
+  args.allocate = refuse;
+  if (fastq_int8_gemm(&args) != FASTQ_RUNTIME_ERROR) {
+    ++failures;
+    std::printf("an allocator that gives nothing went unnoticed\n");
+  }
+  args.allocate = nullptr;
+  if (fastq_int8_gemm(&args) != FASTQ_INVALID_VALUE) {
+    ++failures;
+    std::printf("a missing workspace went unnoticed\n");
+  }
+}
+
 template <class Out>
 void run(const fastq_tensor& a, const fastq_weight& b, const fastq_tensor& scale_a,
          const fastq_tensor& bias, std::vector<Out>& out, const Case& c) {
@@ -63,9 +101,8 @@ void run(const fastq_tensor& a, const fastq_weight& b, const fastq_tensor& scale
   void* workspace = size > 0 ? std::aligned_alloc(256, (size + 255) / 256 * 256) : nullptr;
   fastq::int8_gemm(args, workspace, size);
   std::free(workspace);
+  run_with_allocator(args, size, out);
 }
-
-int failures = 0;
 
 template <class Out>
 void compare(const std::vector<Out>& out, const std::vector<Out>& expected,

@@ -59,6 +59,8 @@ class GemmArgs(ctypes.Structure):
         ("out", Tensor),
         ("workspace", ctypes.c_void_p),
         ("workspace_size", ctypes.c_size_t),
+        ("allocate", ctypes.c_void_p),
+        ("allocate_context", ctypes.c_void_p),
         ("stream", ctypes.c_void_p),
     )
 

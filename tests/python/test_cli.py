@@ -103,7 +103,9 @@ RESULT = {
     "python": "3.14.0",
     "torch": "2.13.0",
     "device": "cpu",
-    "device_name": "x86_64, 2 threads",
+    "device_name": "x86_64",
+    "threads": 2,
+    "torch_threads": 1,
     "note": "fastq cannot use this machine's GPU",
     "card": {
         "parameters": 6_951_168,
@@ -140,7 +142,7 @@ def test_demo_shows_both_precisions(monkeypatch, capsys):
     for text in (
         *("bfloat16", "int8 (W8A8)", "14.000", "14.070", "1.005", "13.90", "8.20", "0.590"),
         *("Python 3.14.0", "Python 3.11.7", "csv, heapq", "+0.50 %", "unigram", "865"),
-        *("tree", "of [bold]", "cannot use this machine's GPU"),
+        *("threads: 2, torch's own 1", "tree", "of [bold]", "cannot use this machine's GPU"),
     ):
         assert text in out
 

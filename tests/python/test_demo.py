@@ -252,6 +252,7 @@ class TestRun:
             on_progress=lambda label, count: progress.append((label, count)),
         )
         assert sum(count for _, count in progress) == totals[0]
+        assert result["torch_threads"] in (1, torch.get_num_threads())
         assert len({label for label, _ in progress}) == 4
         assert result["python"] == platform.python_version()
         own, int8 = result["results"]
@@ -267,6 +268,21 @@ class TestRun:
         assert own["linear_weight_bytes"] == bytes_each * elements
         assert elements < int8["linear_weight_bytes"] < 1.05 * elements
         json.dumps(result)
+
+    def test_thread_count_of_torch_is_restored(self, tiny, stdlib, monkeypatch):
+        threads = torch.get_num_threads()
+        monkeypatch.setattr(run, "_faster_thread_count", lambda model, tokens: 1)
+        seen = []
+        result = run.run_demo(
+            device="cpu",
+            max_tokens=1,
+            folder=tiny,
+            stdlib=stdlib,
+            on_progress=lambda label, count: seen.append(torch.get_num_threads()),
+        )
+        assert result["torch_threads"] == 1
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == threads
 
     def test_weight_bytes_counts_a_shared_tensor_once(self):
         model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8))

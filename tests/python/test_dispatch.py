@@ -186,3 +186,14 @@ def test_quantize_and_dequantize_give_the_same_bits_as_on_the_cpu():
                 assert torch.equal(s, cuda_s.cpu())
             back = fastq.dequantize(q, s, out_dtype=dtype)
             assert torch.equal(back, fastq.dequantize(cuda_q, cuda_s, out_dtype=dtype).cpu())
+
+
+def test_log_of_the_dispatch(device, monkeypatch, capfd):
+    a, b, sa, sb = random_gemm(3, 8, 16, device=device)
+    fastq.int8_gemm(a, b, sa, sb)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("FASTQ_LOG", "dispatch")
+    fastq.int8_gemm(a, b, sa, sb, out_dtype=torch.float32)
+    logged = capfd.readouterr().err
+    assert "int8_gemm M=3 N=8 K=16 float32" in logged
+    assert fastq.describe_int8_gemm(a, b, out_dtype=torch.float32) in logged

@@ -26,8 +26,9 @@ def expected_output(x: torch.Tensor, linear: nn.Linear) -> np.ndarray:
 
 def make(in_features=100, out_features=37, bias=True, device="cpu", dtype=torch.float32):
     torch.manual_seed(in_features + out_features)
-    linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-    return linear.requires_grad_(False)
+    # Drawn on the CPU: each device has a generator of its own.
+    linear = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    return linear.to(device).requires_grad_(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastq
 import reference
@@ -170,6 +171,35 @@ def test_inference_mode(device):
         q, s = fastq.quantize_per_token(x)
         fastq.int8_gemm(q, qw.t(), s, sw, out=out)
     assert torch.equal(got, expected)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the ops that reach the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_and_the_profiler_see_the_ops(device):
+    """A plain call goes past the dispatcher; one that somebody watches does not."""
+    a, b, sa, sb = random_gemm(6, 8, 16, device=device)
+    expected = fastq.int8_gemm(a, b, sa, sb)
+    with Recorder() as mode:
+        got = fastq.int8_gemm(a, b, sa, sb)
+        fastq.int8_gemm(a, b, sa, sb, out=got)
+    assert [name for name in mode.seen if "fastq" in name] == [
+        "fastq.int8_gemm.default",
+        "fastq.int8_gemm.out",
+    ]
+    assert torch.equal(got, expected)
+    with torch.autograd.profiler.profile() as profile:
+        fastq.int8_gemm(a, b, sa, sb)
+    assert "fastq::int8_gemm" in [event.name for event in profile.function_events]
 
 
 def test_results_need_no_gradient(device):

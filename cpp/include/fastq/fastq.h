@@ -75,7 +75,7 @@ FASTQ_API fastq_status fastq_describe(const char** json);
 /* Threads the CPU backend uses, the caller included. The default is FASTQ_NUM_THREADS, else the
  * processors that this process may run on. */
 FASTQ_API fastq_status fastq_set_num_threads(int32_t num_threads);
-FASTQ_API int32_t fastq_get_num_threads(void);
+FASTQ_API fastq_status fastq_get_num_threads(int32_t* num_threads);
 
 /* ---- int8_gemm -------------------------------------------------------------------------------
  * out[m,n] = round_to(out.dtype, (f32(sum_k a[m,k] * b[k,n]) * scale_a[m]) * scale_b[n] + bias[n])
@@ -101,6 +101,9 @@ typedef struct fastq_weight {
   int64_t group_size; /* rows of K that share a scale; 0: all of them */
 } fastq_weight;
 
+/* Gives `bytes` of workspace that stay valid until the call returns, or NULL. */
+typedef void* (*fastq_allocate)(void* context, size_t bytes);
+
 typedef struct fastq_int8_gemm_args {
   size_t struct_size;
   fastq_tensor a; /* (..., M, K) int8 */
@@ -112,6 +115,8 @@ typedef struct fastq_int8_gemm_args {
                            64-byte aligned (256 on CUDA); undefined on entry; not shared between
                            streams */
   size_t workspace_size;
+  fastq_allocate allocate; /* asked when the workspace is too small; may be NULL */
+  void* allocate_context;
   void* stream; /* a cudaStream_t; ignored on the CPU */
 } fastq_int8_gemm_args;
 

@@ -170,6 +170,14 @@ inline void dequantize(const fastq_tensor& q, const fastq_tensor& scale, const f
   check(fastq_dequantize(&args));
 }
 
+inline int get_num_threads() {
+  int32_t num_threads = 0;
+  check(fastq_get_num_threads(&num_threads));
+  return num_threads;
+}
+
+inline void set_num_threads(int num_threads) { check(fastq_set_num_threads(num_threads)); }
+
 inline std::string describe() {
   const char* json = nullptr;
   check(fastq_describe(&json));

@@ -1,69 +1,36 @@
 // The table of backends: what an op, its arguments checked, calls on a device.
-//
-// A backend sees one problem in its simplest form: two-dimensional, every size at least 1 (K may be
-// 0), every stride real. The ops layer folds or walks leading dimensions before it comes here.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
 
+#include "core/problem.hpp"
 #include "core/tensor.hpp"
 
 namespace fastq {
 
-// A float vector along M or N; `stride` 0 repeats one value, `data` null means absent.
-struct VectorView {
-  const void* data = nullptr;
-  DType dtype = DType::kFloat32;
-  int64_t stride = 0;
-};
+// The caller's workspace, or its way to give one.
+class Workspace {
+ public:
+  Workspace(void* data, size_t size, fastq_allocate allocate, void* context)
+      : data_(data), size_(size), allocate_(allocate), context_(context) {}
 
-struct Int8GemmProblem {
-  int64_t M = 0, N = 0, K = 0;
-  const int8_t* a = nullptr;  // a[m * stride_am + k * stride_ak]
-  int64_t stride_am = 0, stride_ak = 0;
-  const int8_t* b = nullptr;  // b[k * stride_bk + n * stride_bn]
-  int64_t stride_bk = 0, stride_bn = 0;
-  const void* b_packed = nullptr;  // set instead of b for a packed weight
-  VectorView scale_a, scale_b, bias;
-  void* out = nullptr;  // out[m * stride_om + n * stride_on]
-  DType out_dtype = DType::kBFloat16;
-  int64_t stride_om = 0, stride_on = 0;
-  int device_index = 0;
-  void* stream = nullptr;
-};
+  // Whether get(bytes) can succeed.
+  bool holds(size_t bytes) const { return bytes <= size_ || allocate_ != nullptr; }
+  // At least `bytes`, undefined in content. Throws when the caller gave too little.
+  void* get(const char* op, size_t bytes);
 
-// Row-wise quantisation, and its inverse: float (rows, cols) <-> int8 (rows, cols), scale (rows,).
-struct QuantizeProblem {
-  int64_t rows = 0, cols = 0;
-  const void* x = nullptr;
-  DType x_dtype = DType::kFloat32;
-  int64_t stride_xr = 0, stride_xc = 0;
-  int8_t* q = nullptr;
-  int64_t stride_qr = 0, stride_qc = 0;
-  float* scale = nullptr;
-  int64_t stride_s = 0;
-  int device_index = 0;
-  void* stream = nullptr;
-};
-
-struct DequantizeProblem {
-  int64_t rows = 0, cols = 0;
-  const int8_t* q = nullptr;
-  int64_t stride_qr = 0, stride_qc = 0;
-  const float* scale = nullptr;
-  int64_t stride_s = 0;
-  void* out = nullptr;
-  DType out_dtype = DType::kFloat32;
-  int64_t stride_or = 0, stride_oc = 0;
-  int device_index = 0;
-  void* stream = nullptr;
+ private:
+  void* data_;
+  size_t size_;
+  fastq_allocate allocate_;
+  void* context_;
 };
 
 struct Backend {
   size_t (*int8_gemm_workspace_size)(const Int8GemmProblem&);
-  void (*int8_gemm)(const Int8GemmProblem&, void* workspace, size_t workspace_size);
+  void (*int8_gemm)(const Int8GemmProblem&, Workspace& workspace);
   std::string (*int8_gemm_describe)(const Int8GemmProblem&);
   size_t (*pack_weight_size)(int64_t K, int64_t N);
   // Null where the device has no packed form.

@@ -74,7 +74,8 @@ ByteRange byte_range(const TensorView& t) {
     (reach < 0 ? low : high) += reach;
   }
   const int64_t size = element_size(dtype_of(t));
-  return {base + static_cast<uintptr_t>(low * size), base + static_cast<uintptr_t>((high + 1) * size)};
+  return {base + static_cast<uintptr_t>(low * size),
+          base + static_cast<uintptr_t>((high + 1) * size)};
 }
 
 bool may_overlap(const TensorView& x, const TensorView& y) {

@@ -86,7 +86,8 @@ void check_same_shape(const char* op, const NamedTensor& tensor, const NamedTens
   }
 }
 
-void check_output(const char* op, const NamedTensor& out, std::initializer_list<NamedTensor> inputs) {
+void check_output(const char* op, const NamedTensor& out,
+                  std::initializer_list<NamedTensor> inputs) {
   if (out.view->flags & FASTQ_READ_ONLY) invalid_value(prefix(op, out) + " is read-only");
   if (overlaps_itself(*out.view)) {
     invalid_value(prefix(op, out) + " of shape " + shape_text(*out.view) +

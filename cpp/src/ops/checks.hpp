@@ -4,7 +4,7 @@
 #include <initializer_list>
 #include <string>
 
-#include "core/backend.hpp"
+#include "core/problem.hpp"
 #include "core/tensor.hpp"
 
 namespace fastq {
@@ -22,11 +22,12 @@ void check_same_device(const char* op, std::initializer_list<NamedTensor> tensor
 void check_same_shape(const char* op, const NamedTensor& tensor, const NamedTensor& like);
 
 // Writable, no element written twice, and no byte shared with an input.
-void check_output(const char* op, const NamedTensor& out, std::initializer_list<NamedTensor> inputs);
+void check_output(const char* op, const NamedTensor& out,
+                  std::initializer_list<NamedTensor> inputs);
 
-// Strides of a per-row vector along the leading dimensions of `rows` (a tensor (..., cols)): `scale`
-// may be a scalar, rows.shape[:-1], that plus (1,), or flat (R,) or (R, 1) with R the product of the
-// leading dimensions. strides[i] belongs to rows' dimension i.
+// Strides of a per-row vector along the leading dimensions of `rows` (a tensor (..., cols)):
+// `scale` may be a scalar, rows.shape[:-1], that plus (1,), or flat (R,) or (R, 1) with R the
+// product of the leading dimensions. strides[i] belongs to rows' dimension i.
 struct RowStrides {
   int64_t strides[FASTQ_MAX_RANK];
 };

@@ -182,14 +182,10 @@ size_t int8_gemm_workspace_size(const fastq_int8_gemm_args& args) {
 
 void int8_gemm(const fastq_int8_gemm_args& args) {
   const Backend& backend = backend_for(device_of(args.a), "int8_gemm");
+  Workspace workspace(args.workspace, args.workspace_size, args.allocate, args.allocate_context);
   for_each_problem("int8_gemm", args, [&](const Int8GemmProblem& p) {
-    const size_t need = backend.int8_gemm_workspace_size(p);
-    if (need > 0 && (args.workspace == nullptr || args.workspace_size < need)) {
-      invalid_value("int8_gemm: workspace holds " + std::to_string(args.workspace_size) +
-                    " bytes, expected at least " + std::to_string(need));
-    }
     if (logs_dispatch()) log_dispatch(backend, p);
-    backend.int8_gemm(p, args.workspace, args.workspace_size);
+    backend.int8_gemm(p, workspace);
   });
 }
 

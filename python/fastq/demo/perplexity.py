@@ -32,7 +32,7 @@ def nats_per_token(
     tokens: Tensor,
     context: int,
     *,
-    batch: int = 8,
+    batch: int = 16,
     autocast: torch.dtype | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> float:

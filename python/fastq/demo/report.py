@@ -48,7 +48,8 @@ def render(result: dict[str, Any]) -> Group:
     modules = ", ".join(card["held_out"])
     heading = Text.assemble(
         (f"fastq {result['fastq']}", "bold"),
-        f" on {result['device']} ({result['device_name']}), torch {result['torch']}\n",
+        f" on {result['device']} ({result['device_name']}), torch {result['torch']}"
+        f"{_threads(result)}\n",
         f"Model: {card['parameters'] / 1e6:.2f} M parameters, trained on the standard library of "
         f"Python {card['python_version']}\n",
         f"Held-out text: {result['held_out_tokens']} tokens of Python {result['python']}: "
@@ -62,6 +63,12 @@ def render(result: dict[str, Any]) -> Group:
     if result["note"]:
         parts.append(Text(result["note"], "yellow"))
     return Group(*parts)
+
+
+def _threads(result: dict[str, Any]) -> str:
+    if result["device"] != "cpu":
+        return ""
+    return f"; threads: {result['threads']}, torch's own {result['torch_threads']}"
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -1,7 +1,7 @@
 // out = round(f32(q) * scale), row by row, on the CPU.
 #pragma once
 
-#include "core/backend.hpp"
+#include "core/problem.hpp"
 
 namespace fastq::cpu {
 

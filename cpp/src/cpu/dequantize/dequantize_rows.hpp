@@ -3,7 +3,7 @@
 // Compiled once per instruction set (see float_rows.hpp).
 #pragma once
 
-#include "core/backend.hpp"
+#include "core/problem.hpp"
 #include "cpu/float_rows.hpp"
 
 namespace fastq::cpu {

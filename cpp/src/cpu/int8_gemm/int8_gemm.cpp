@@ -69,7 +69,8 @@ int64_t chunk_size(int64_t size, int64_t unit, int64_t limit, int64_t wanted_chu
   return round_up((size + chunks - 1) / chunks, unit);
 }
 
-struct Workspace {
+// The workspace's parts.
+struct Space {
   int8_t* shared;
   int8_t* thread(int slot) const { return threads + slot * thread_bytes; }
   int8_t* threads;
@@ -156,7 +157,7 @@ void run_swapped(const Int8GemmProblem& p, const GemmKernels& kernels, const Chu
 }
 
 void run_chunk(const Int8GemmProblem& p, const GemmKernels& kernels, const GemmConfig& config,
-               const Chunk& chunk, const Workspace& workspace, int slot) {
+               const Chunk& chunk, const Space& space, int slot) {
   const TileState state(kernels);
   switch (config.algorithm) {
     case GemmAlgorithm::kDot:
@@ -167,13 +168,13 @@ void run_chunk(const Int8GemmProblem& p, const GemmKernels& kernels, const GemmC
                         blocks + chunk.n_begin / kBlockN * packed_block_stride(p.K));
     }
     case GemmAlgorithm::kRepack: {
-      int8_t* blocks = workspace.thread(slot);
+      int8_t* blocks = space.thread(slot);
       pack_columns(kernels, p.b + chunk.n_begin * p.stride_bn, p.stride_bk, p.stride_bn, p.K,
                    chunk.n_end - chunk.n_begin, blocks);
       return run_packed(p, kernels, config, chunk, blocks);
     }
     case GemmAlgorithm::kSwapped:
-      return run_swapped(p, kernels, chunk, workspace.shared);
+      return run_swapped(p, kernels, chunk, space.shared);
   }
 }
 
@@ -240,18 +241,13 @@ size_t int8_gemm_workspace_size(const Int8GemmProblem& problem) {
   return select_gemm_config(problem, active_isa(), get_num_threads()).workspace_bytes();
 }
 
-void int8_gemm(const Int8GemmProblem& problem, void* workspace, size_t workspace_size) {
+void int8_gemm(const Int8GemmProblem& problem, Workspace& workspace) {
   GemmConfig config = select_gemm_config(problem, active_isa(), get_num_threads());
   // The number of threads may have grown since the caller asked for the size.
-  while (config.workspace_bytes() > workspace_size && config.threads > 1) --config.threads;
-  if (config.workspace_bytes() > workspace_size) {
-    invalid_value("int8_gemm: workspace: expected at least " +
-                  std::to_string(config.workspace_bytes()) + " bytes, got " +
-                  std::to_string(workspace_size));
-  }
+  while (config.threads > 1 && !workspace.holds(config.workspace_bytes())) --config.threads;
   const GemmKernels& kernels = gemm_kernels(config.isa);
-  int8_t* shared = static_cast<int8_t*>(workspace);
-  const Workspace space{shared, shared + config.shared_bytes, config.thread_bytes};
+  auto* shared = static_cast<int8_t*>(workspace.get("int8_gemm", config.workspace_bytes()));
+  const Space space{shared, shared + config.shared_bytes, config.thread_bytes};
 
   Int8GemmProblem p = problem;
   if (p.b_packed != nullptr) packed_blocks(p.b_packed, p.K, p.N);  // refuses foreign bytes

@@ -34,7 +34,7 @@ struct GemmConfig {
 GemmConfig select_gemm_config(const Int8GemmProblem& problem, Isa isa, int max_threads);
 
 size_t int8_gemm_workspace_size(const Int8GemmProblem& problem);
-void int8_gemm(const Int8GemmProblem& problem, void* workspace, size_t workspace_size);
+void int8_gemm(const Int8GemmProblem& problem, Workspace& workspace);
 std::string int8_gemm_describe(const Int8GemmProblem& problem);
 
 }  // namespace fastq::cpu

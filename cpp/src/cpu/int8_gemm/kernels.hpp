@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "core/backend.hpp"
+#include "core/problem.hpp"
 #include "cpu/isa.hpp"
 
 namespace fastq::cpu {

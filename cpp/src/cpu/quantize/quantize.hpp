@@ -1,7 +1,7 @@
 // Row-wise symmetric quantisation and its inverse on the CPU.
 #pragma once
 
-#include "core/backend.hpp"
+#include "core/problem.hpp"
 
 namespace fastq::cpu {
 

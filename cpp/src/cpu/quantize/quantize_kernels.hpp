@@ -1,7 +1,7 @@
 // quantize_rows.hpp, compiled for each instruction set.
 #pragma once
 
-#include "core/backend.hpp"
+#include "core/problem.hpp"
 
 namespace fastq::cpu {
 

@@ -8,7 +8,7 @@
 //    leaves the integer in the low bits.
 #pragma once
 
-#include "core/backend.hpp"
+#include "core/problem.hpp"
 #include "cpu/float_rows.hpp"
 
 namespace fastq::cpu {

@@ -1,0 +1,62 @@
+// What an op, its arguments checked, asks of a backend.
+//
+// A backend sees one problem in its simplest form: two-dimensional, every size at least 1 (K may be
+// 0), every stride real. The ops layer folds or walks leading dimensions before it comes here.
+#pragma once
+
+#include <cstdint>
+
+#include "core/tensor.hpp"
+
+namespace fastq {
+
+// A float vector along M or N; `stride` 0 repeats one value, `data` null means absent.
+struct VectorView {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride = 0;
+};
+
+struct Int8GemmProblem {
+  int64_t M = 0, N = 0, K = 0;
+  const int8_t* a = nullptr;  // a[m * stride_am + k * stride_ak]
+  int64_t stride_am = 0, stride_ak = 0;
+  const int8_t* b = nullptr;  // b[k * stride_bk + n * stride_bn]
+  int64_t stride_bk = 0, stride_bn = 0;
+  const void* b_packed = nullptr;  // set instead of b for a packed weight
+  VectorView scale_a, scale_b, bias;
+  void* out = nullptr;  // out[m * stride_om + n * stride_on]
+  DType out_dtype = DType::kBFloat16;
+  int64_t stride_om = 0, stride_on = 0;
+  int device_index = 0;
+  void* stream = nullptr;
+};
+
+// Row-wise quantisation, and its inverse: float (rows, cols) <-> int8 (rows, cols), scale (rows,).
+struct QuantizeProblem {
+  int64_t rows = 0, cols = 0;
+  const void* x = nullptr;
+  DType x_dtype = DType::kFloat32;
+  int64_t stride_xr = 0, stride_xc = 0;
+  int8_t* q = nullptr;
+  int64_t stride_qr = 0, stride_qc = 0;
+  float* scale = nullptr;
+  int64_t stride_s = 0;
+  int device_index = 0;
+  void* stream = nullptr;
+};
+
+struct DequantizeProblem {
+  int64_t rows = 0, cols = 0;
+  const int8_t* q = nullptr;
+  int64_t stride_qr = 0, stride_qc = 0;
+  const float* scale = nullptr;
+  int64_t stride_s = 0;
+  void* out = nullptr;
+  DType out_dtype = DType::kFloat32;
+  int64_t stride_or = 0, stride_oc = 0;
+  int device_index = 0;
+  void* stream = nullptr;
+};
+
+}  // namespace fastq
