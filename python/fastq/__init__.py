@@ -18,6 +18,7 @@ from .ops import (  # noqa: E402
     quantize_per_token,
     set_num_threads,
 )
+from .quantization import quantize  # noqa: E402
 
 __version__ = _version()
 
@@ -30,6 +31,7 @@ __all__ = [
     "int8_gemm",
     "nn",
     "pack_weight",
+    "quantize",
     "quantize_per_channel",
     "quantize_per_token",
     "set_num_threads",

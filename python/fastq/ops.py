@@ -8,7 +8,7 @@ allocate outputs and call the op. Scales are float32 multipliers: ``x ~ q * s``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -144,25 +144,20 @@ _dequantize_out_op = torch.ops.fastq.dequantize.out
 _OPTIONAL = frozenset(("sa", "sb", "bias", "out"))
 
 
-def _set_mode_probes() -> None:
-    """Tells the native module how to see that something stands between a call and its kernel: a
-    mode, a transform, a tracer or the profiler. Where this torch lacks one of the probes, every
-    call goes through the dispatcher."""
-    try:
-        _core.set_mode_probes(
-            (
-                torch._C._len_torch_dispatch_stack,
-                torch._C._len_torch_function_stack,
-                torch._C._functorch.maybe_current_level,
-                torch._C._get_tracing_state,
-                torch.autograd._profiler_enabled,
-            )
-        )
-    except AttributeError:
-        pass
-
-
-_set_mode_probes()
+# How the native module sees that something stands between a call and its kernel: a mode, a
+# transform, a tracer or the profiler. Where this torch lacks one of the probes, every call goes
+# through the dispatcher.
+with suppress(AttributeError):
+    _core.set_mode_probes(
+        torch.is_grad_enabled,
+        (
+            torch._C._len_torch_dispatch_stack,
+            torch._C._len_torch_function_stack,
+            torch._C._functorch.maybe_current_level,
+            torch._C._get_tracing_state,
+            torch.autograd._profiler_enabled,
+        ),
+    )
 
 
 def _is_direct(*tensors: Any) -> bool:

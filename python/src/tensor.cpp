@@ -199,33 +199,41 @@ void check(fastq_status status) {
 }
 
 namespace {
+PyObject* grad_mode = nullptr;    // torch.is_grad_enabled
 PyObject* mode_probes = nullptr;  // a tuple; null: never call directly
 
+py::object checked(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
 bool is_true(py::handle object, PyObject* attribute) {
-  const py::object value =
-      py::reinterpret_steal<py::object>(PyObject_GetAttr(object.ptr(), attribute));
-  if (!value) throw py::error_already_set();
-  return value.ptr() == Py_True;
+  return checked(PyObject_GetAttr(object.ptr(), attribute)).ptr() == Py_True;
 }
 }  // namespace
 
-void set_mode_probes(py::tuple probes) { mode_probes = probes.release().ptr(); }
+void set_mode_probes(py::object is_grad_enabled, py::tuple probes) {
+  grad_mode = is_grad_enabled.release().ptr();
+  mode_probes = probes.release().ptr();
+}
 
 bool is_direct(const py::args& tensors) {
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
   static PyObject* const is_meta = PyUnicode_InternFromString("is_meta");
-  if (mode_probes == nullptr) return false;
+  if (mode_probes == nullptr || tensors.empty()) return false;
   const PyObject* plain = torch().tensor_type.ptr();
   for (const py::handle tensor : tensors) {
     if (tensor.is_none()) continue;
     if (reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) != plain) return false;
-    if (is_true(tensor, requires_grad) || is_true(tensor, is_meta)) return false;
   }
+  if (tensors[0].is_none() || is_true(tensors[0], is_meta)) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(mode_probes); ++i) {
-    const py::object found =
-        py::reinterpret_steal<py::object>(PyObject_CallNoArgs(PyTuple_GET_ITEM(mode_probes, i)));
-    if (!found) throw py::error_already_set();
+    const py::object found = checked(PyObject_CallNoArgs(PyTuple_GET_ITEM(mode_probes, i)));
     if (PyObject_IsTrue(found.ptr()) != 0) return false;
+  }
+  if (checked(PyObject_CallNoArgs(grad_mode)).ptr() != Py_True) return true;
+  for (const py::handle tensor : tensors) {
+    if (!tensor.is_none() && is_true(tensor, requires_grad)) return false;
   }
   return true;
 }

@@ -23,11 +23,11 @@ void check(fastq_status status);
 py::object allocate(size_t bytes, py::handle like);
 
 // Whether a kernel may be called directly, past torch's dispatcher: each tensor is a plain
-// torch.Tensor (or None) that asks for no gradient and has memory, and no probe finds a mode.
+// torch.Tensor (or None) that asks for no gradient, the first has memory, and no probe finds a mode.
 bool is_direct(const py::args& tensors);
 
-// The probes: callables that return something false in plain eager mode.
-void set_mode_probes(py::tuple probes);
+// is_grad_enabled: torch's; probes: callables that return something false in plain eager mode.
+void set_mode_probes(py::object is_grad_enabled, py::tuple probes);
 
 void bind_int8_gemm(py::module_& module);
 void bind_quantize(py::module_& module);
