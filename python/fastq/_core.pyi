@@ -20,6 +20,15 @@ def int8_gemm(
     out: Tensor,
     packed_shape: list[int] | tuple[int, int] | None,
 ) -> None: ...
+def int8_gemm_direct(
+    a: Tensor,
+    b: Tensor,
+    sa: Tensor | None,
+    sb: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor | None,
+    packed_shape: list[int] | tuple[int, int] | None,
+) -> bool: ...
 def int8_gemm_describe(
     a: Tensor,
     b: Tensor,

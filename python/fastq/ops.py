@@ -141,9 +141,6 @@ _dequantize_op = torch.ops.fastq.dequantize.default
 _dequantize_out_op = torch.ops.fastq.dequantize.out
 
 
-_OPTIONAL = frozenset(("sa", "sb", "bias", "out"))
-
-
 # How the native module sees that something stands between a call and its kernel: a mode, a
 # transform, a tracer or the profiler. Where this torch lacks one of the probes, every call goes
 # through the dispatcher.
@@ -190,8 +187,8 @@ def _check_dtype(op: str, dtype: Any, allowed: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{op}: out_dtype is {dtype}, expected one of {names}")
 
 
-def _check_out_dtype(op: str, out: Tensor, out_dtype: torch.dtype | None) -> None:
-    if out_dtype is not None and out_dtype != out.dtype:
+def _check_out_dtype(op: str, out: Any, out_dtype: torch.dtype | None) -> None:
+    if out_dtype is not None and isinstance(out, Tensor) and out_dtype != out.dtype:
         raise TypeError(f"{op}: out has dtype {out.dtype}, expected out_dtype = {out_dtype}")
 
 
@@ -244,20 +241,19 @@ def int8_gemm(
         sa = _as_scale(sa, a)
     if sb.__class__ is not Tensor:
         sb = _as_scale(sb, a)
-    direct = a is not None and b is not None and _is_direct(a, b, sa, sb, bias, out)
-    if not direct:
-        _check_tensors("int8_gemm", a=a, b=b, sa=sa, sb=sb, bias=bias, out=out)
+    if out is not None and out_dtype is not None:
+        _check_out_dtype("int8_gemm", out, out_dtype)
+    if not torch.compiler.is_compiling() and _core.int8_gemm_direct(
+        a, b, sa, sb, bias, out, packed_shape
+    ):
+        return out
+    _check_tensors("int8_gemm", a=a, b=b, sa=sa, sb=sb, bias=bias, out=out)
     if out is not None:
-        if out_dtype is not None:
-            _check_out_dtype("int8_gemm", out, out_dtype)
-        if direct:
-            _core.int8_gemm(a, b, sa, sb, bias, out, packed_shape)
-        else:
-            _int8_gemm_out_op(a, b, sa, sb, bias, packed_shape, out)
+        _int8_gemm_out_op(a, b, sa, sb, bias, packed_shape, out)
         return out
     out_dtype = torch.bfloat16 if out_dtype is None else out_dtype
     _check_dtype("int8_gemm", out_dtype, _OUT_DTYPES)
-    run = _int8_gemm if direct else _int8_gemm_op
+    run = _int8_gemm if _is_direct(a, b, sa, sb, bias) else _int8_gemm_op
     return run(a, b, sa, sb, bias, out_dtype, packed_shape)
 
 

@@ -1,3 +1,5 @@
+#include <iterator>
+
 #include "tensor.hpp"
 
 namespace fastq_python {
@@ -63,6 +65,15 @@ void int8_gemm(py::handle a, py::handle b, py::handle sa, py::handle sb, py::han
   check(status);
 }
 
+// Runs the product and returns true, or returns false where torch's dispatcher has to see the call.
+bool int8_gemm_direct(py::handle a, py::handle b, py::handle sa, py::handle sb, py::handle bias,
+                      py::handle out, py::handle packed_shape) {
+  const py::handle tensors[] = {a, b, sa, sb, bias, out};
+  if (b.is_none() || out.is_none() || !is_direct(tensors, std::size(tensors))) return false;
+  int8_gemm(a, b, sa, sb, bias, out, packed_shape);
+  return true;
+}
+
 std::string int8_gemm_describe(py::handle a, py::handle b, py::handle sa, py::handle sb,
                                py::handle bias, py::handle out, py::handle packed_shape) {
   Call call;
@@ -94,6 +105,7 @@ py::object pack_weight(py::handle b) {
 
 void bind_int8_gemm(py::module_& module) {
   module.def("int8_gemm", &int8_gemm);
+  module.def("int8_gemm_direct", &int8_gemm_direct);
   module.def("int8_gemm_describe", &int8_gemm_describe);
   module.def("pack_weight", &pack_weight);
 }

@@ -1,6 +1,7 @@
 // fastq._core: libfastq on torch tensors. Every function takes tensors that exist already and
 // enters the library by its C ABI, as any other program would.
 #include <string>
+#include <vector>
 
 #include "tensor.hpp"
 
@@ -22,7 +23,10 @@ PYBIND11_MODULE(_core, module) {
     return num_threads;
   });
   module.def("set_mode_probes", &fp::set_mode_probes);
-  module.def("is_direct", &fp::is_direct);
+  module.def("is_direct", [](const py::args& tensors) {
+    std::vector<py::handle> handles(tensors.begin(), tensors.end());
+    return fp::is_direct(handles.data(), handles.size());
+  });
   fp::bind_int8_gemm(module);
   fp::bind_quantize(module);
   fp::bind_dequantize(module);

@@ -217,14 +217,14 @@ void set_mode_probes(py::object is_grad_enabled, py::tuple probes) {
   mode_probes = probes.release().ptr();
 }
 
-bool is_direct(const py::args& tensors) {
+bool is_direct(const py::handle* tensors, size_t count) {
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
   static PyObject* const is_meta = PyUnicode_InternFromString("is_meta");
-  if (mode_probes == nullptr || tensors.empty()) return false;
+  if (mode_probes == nullptr) return false;
   const PyObject* plain = torch().tensor_type.ptr();
-  for (const py::handle tensor : tensors) {
-    if (tensor.is_none()) continue;
-    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) != plain) return false;
+  for (size_t i = 0; i < count; ++i) {
+    if (tensors[i].is_none()) continue;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(tensors[i].ptr())) != plain) return false;
   }
   if (tensors[0].is_none() || is_true(tensors[0], is_meta)) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(mode_probes); ++i) {
@@ -232,8 +232,8 @@ bool is_direct(const py::args& tensors) {
     if (PyObject_IsTrue(found.ptr()) != 0) return false;
   }
   if (checked(PyObject_CallNoArgs(grad_mode)).ptr() != Py_True) return true;
-  for (const py::handle tensor : tensors) {
-    if (!tensor.is_none() && is_true(tensor, requires_grad)) return false;
+  for (size_t i = 0; i < count; ++i) {
+    if (!tensors[i].is_none() && is_true(tensors[i], requires_grad)) return false;
   }
   return true;
 }

@@ -23,8 +23,10 @@ void check(fastq_status status);
 py::object allocate(size_t bytes, py::handle like);
 
 // Whether a kernel may be called directly, past torch's dispatcher: each tensor is a plain
-// torch.Tensor (or None) that asks for no gradient, the first has memory, and no probe finds a mode.
-bool is_direct(const py::args& tensors);
+// torch.Tensor (or None) that asks for no gradient, the first has memory, and no probe finds a
+// mode. The dispatcher costs as much as all the rest of a small call and does nothing for such a
+// one.
+bool is_direct(const py::handle* tensors, size_t count);
 
 // is_grad_enabled: torch's; probes: callables that return something false in plain eager mode.
 void set_mode_probes(py::object is_grad_enabled, py::tuple probes);
