@@ -73,6 +73,16 @@ def test_any_layout_of_out(device, layout, out_dtype):
         assert got is out
 
 
+def test_what_lies_behind_a_row_is_not_read(device):
+    """Rows of 65 in rows of 80: copies of 16 bytes reach over the end, into values that are set."""
+    for K in (1, 65, 79):
+        a = random_int8(33, 80, device=device, seed=K)[:, :K]
+        b = random_int8(64, 80, device=device, seed=K + 1)[:, :K].t()
+        sa, sb = random_scales(33, device=device), random_scales(64, device=device)
+        for x, y in ((a, b), (a.contiguous(), b), (a, b.contiguous())):
+            check((x, y, sa, sb), torch.bfloat16)
+
+
 def test_expanded_operands(device):
     a, b, sa, sb = random_gemm(20, 30, 40, device=device)
     one_row = a[:1].expand(20, 40)
