@@ -62,27 +62,30 @@ def measure(candidates: dict[str, Calls], device: torch.device, rounds: int) -> 
     return _measure_cpu(candidates, rounds)
 
 
+_CPU_SETTLE_S, _CPU_SAMPLE_S = 20e-3, 10e-3
+
+
 def _measure_cpu(candidates: dict[str, Calls], rounds: int) -> dict[str, Timing]:
-    """A sample is a few milliseconds of calls. Before it the candidate runs untimed for a while:
-    the threads of the one before may still spin."""
+    """A sample is 10 ms of calls at least. Before it the candidate runs untimed for 20 ms: the
+    threads of the one before may still spin."""
     clock = time.perf_counter
 
-    def run(calls: itertools.cycle, count: int) -> float:
+    def run(calls: itertools.cycle, seconds: float) -> float:
         begin = clock()
-        for _ in range(count):
+        count = 0
+        while True:
             next(calls)()
-        return (clock() - begin) / count
+            count += 1
+            elapsed = clock() - begin
+            if elapsed >= seconds:
+                return elapsed / count
 
     endless = {name: itertools.cycle(calls) for name, calls in candidates.items()}
-    counts = {}
-    for name, calls in endless.items():
-        run(calls, 2)
-        counts[name] = max(1, math.ceil(5e-3 / run(calls, 2)))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, calls in endless.items():
-            run(calls, max(1, counts[name] // 2))
-            samples[name].append(1e6 * run(calls, counts[name]))
+            run(calls, _CPU_SETTLE_S)
+            samples[name].append(1e6 * run(calls, _CPU_SAMPLE_S))
     return {name: quantiles(values, "perf_counter") for name, values in samples.items()}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _core
 
 _OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
+_is_compiling = torch.compiler.is_compiling
 _OPTIONAL_ARGS = frozenset(("sa", "sb", "bias", "out"))
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -163,7 +164,7 @@ def _is_direct(*tensors: Any) -> bool:
     The dispatcher costs as much as all the rest of a small call (about 4 us), and does nothing for
     such a one.
     """
-    return not torch.compiler.is_compiling() and _core.is_direct(*tensors)
+    return not _is_compiling() and _core.is_direct(*tensors)
 
 
 def _check_tensors(op: str, **tensors: Any) -> None:
@@ -243,7 +244,7 @@ def int8_gemm(
         sb = _as_scale(sb, a)
     if out is not None and out_dtype is not None:
         _check_out_dtype("int8_gemm", out, out_dtype)
-    if not torch.compiler.is_compiling() and _core.int8_gemm_direct(
+    if not _is_compiling() and _core.int8_gemm_direct(
         a, b, sa, sb, bias, out, packed_shape
     ):
         return out

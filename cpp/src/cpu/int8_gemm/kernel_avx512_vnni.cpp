@@ -114,14 +114,18 @@ inline __m128i sum_lanes(const __m512i v[4]) {
 // acc[0:MR][0:4] of four rows of w; rows past the last repeat it
 template <int MR>
 void dot_rows(const int8_t* a, int64_t stride_am, const int8_t* const w[4], int64_t K,
-              const int32_t* excess, int32_t* acc) {
+              int64_t fetch_ahead, const int32_t* excess, int32_t* acc) {
   __m512i sum[MR][4];
   for (int i = 0; i < MR; ++i) {
     for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_si512();
   }
   const auto step = [&](int64_t k, __mmask64 mask) {
     __m512i weight[4];
-    for (int j = 0; j < 4; ++j) weight[j] = flip(_mm512_maskz_loadu_epi8(mask, w[j] + k));
+    for (int j = 0; j < 4; ++j) {
+      weight[j] = flip(_mm512_maskz_loadu_epi8(mask, w[j] + k));
+      // A short row ends before the hardware's prefetcher has caught up with it.
+      if (fetch_ahead != 0) _mm_prefetch(w[j] + k + fetch_ahead, _MM_HINT_T1);
+    }
     for (int i = 0; i < MR; ++i) {
       const __m512i activation = _mm512_maskz_loadu_epi8(mask, a + i * stride_am + k);
       for (int j = 0; j < 4; ++j) {
@@ -151,7 +155,10 @@ void dot_tile_avx512_vnni(const DotTile& t, int32_t* acc) {
     int r = 0;
     const auto step = [&](auto kernel, int count) {
       for (; r + count <= t.rows; r += count) {
-        kernel(t.a + r * t.stride_am, t.stride_am, w, t.K, excess + r, acc + r * kTileN + n);
+        // The first pass over these rows of the weight fetches those of the next four.
+        const int64_t fetch_ahead = r == 0 ? 4 * t.stride_wn : 0;
+        kernel(t.a + r * t.stride_am, t.stride_am, w, t.K, fetch_ahead, excess + r,
+               acc + r * kTileN + n);
       }
     };
     step(dot_rows<4>, 4);
