@@ -236,7 +236,7 @@ def int8_gemm(
         NotImplementedError: this build has no backend for the device.
     """
     packed_shape = None
-    if isinstance(b, PackedWeight):
+    if b.__class__ is PackedWeight:
         b, packed_shape = b.data, b.shape
     if sa.__class__ is not Tensor:
         sa = _as_scale(sa, a)
@@ -244,9 +244,7 @@ def int8_gemm(
         sb = _as_scale(sb, a)
     if out is not None and out_dtype is not None:
         _check_out_dtype("int8_gemm", out, out_dtype)
-    if not _is_compiling() and _core.int8_gemm_direct(
-        a, b, sa, sb, bias, out, packed_shape
-    ):
+    if not _is_compiling() and _core.int8_gemm_direct(a, b, sa, sb, bias, out, packed_shape):
         return out
     _check_tensors("int8_gemm", a=a, b=b, sa=sa, sb=sb, bias=bias, out=out)
     if out is not None:
