@@ -95,8 +95,9 @@ inline GemmChoice select_config(const GemmShape& s, const GemmDevice& device, bo
   } else {
     choice.family = KernelFamily::kSm90;
     choice.tile = select_sm90_tile(s, device);
-    // A TMA load, too, goes on to a multiple of 16 bytes, so what lies behind a row of K elements
-    // takes part in the sums: it must be zero in one of the operands, as relayout leaves it.
+    // A TMA store goes on to a multiple of 16 bytes. Should a load do so too, what lies behind a
+    // row of K elements would take part in the sums: let it be zero in one of the operands, as
+    // relayout leaves it.
     if (s.K % 16 != 0 && !choice.relayout_b) choice.relayout_a = true;
   }
   const int64_t padded_k = round_up(s.K, 16);

@@ -6,20 +6,12 @@
 #include <string>
 
 #include "cpu/int8_gemm/int8_gemm.hpp"
+#include "expect.hpp"
 
 namespace {
 
 using namespace fastq;       // NOLINT
 using namespace fastq::cpu;  // NOLINT
-
-int failures = 0;
-
-void expect(bool holds, const char* condition, int line, const std::string& about) {
-  if (holds) return;
-  ++failures;
-  std::printf("line %d: %s does not hold for %s\n", line, condition, about.c_str());
-}
-#define EXPECT(condition, about) expect((condition), #condition, __LINE__, about)
 
 enum class Layout { kRowsOfK, kRowsOfN, kPacked };
 

@@ -90,6 +90,11 @@ void run_with_allocator(fastq_int8_gemm_args args, size_t size, std::vector<Out>
     ++failures;
     std::printf("a missing workspace went unnoticed\n");
   }
+  args.workspace_size = size;  // a size alone is no workspace
+  if (fastq_int8_gemm(&args) != FASTQ_INVALID_VALUE) {
+    ++failures;
+    std::printf("a null workspace with a size went unnoticed\n");
+  }
 }
 
 template <class Out>

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "expect.hpp"
 #include "int8_gemm/int8_gemm_config.hpp"
 #ifdef FASTQ_TEST_CUDA_INSTANCES
 #include "int8_gemm/int8_gemm_kernels.hpp"
@@ -14,15 +15,6 @@
 namespace {
 
 using namespace fastq::cuda;  // NOLINT
-
-int failures = 0;
-
-void expect(bool holds, const char* condition, int line, const std::string& about) {
-  if (holds) return;
-  ++failures;
-  std::printf("line %d: %s does not hold for %s\n", line, condition, about.c_str());
-}
-#define EXPECT(condition, about) expect((condition), #condition, __LINE__, about)
 
 const GemmDevice kH200{9, 0, 132, true};
 const GemmDevice kSmallHopper{9, 0, 78, true};
@@ -73,7 +65,7 @@ void every_choice_is_sound() {
                    about);
             EXPECT(sm90 == (choice.tile.schedule != Schedule::kMultistage), about);
             EXPECT(sm90 == std::string(choice.reason).empty(), about);
-            // TMA reads rows up to a multiple of 16 bytes: one operand must hold zeros there.
+            // A TMA load may go on to a multiple of 16 bytes: one operand must hold zeros there.
             const bool pad_a = sm90 && K % 16 != 0 && s.b_is_vectorizable;
             EXPECT(choice.relayout_a == (K > 0 && (!s.a_is_vectorizable || pad_a)), about);
             EXPECT(choice.relayout_b == (!s.b_is_vectorizable && K > 0), about);

@@ -101,7 +101,8 @@ typedef struct fastq_weight {
   int64_t group_size; /* rows of K that share a scale; 0: all of them */
 } fastq_weight;
 
-/* Gives `bytes` of workspace that stay valid until the call returns, or NULL. */
+/* Gives `bytes` of workspace, aligned as fastq_int8_gemm_args says, or NULL. They stay valid until
+ * the call's work is done: when it returns on the CPU, in the stream's order on CUDA. */
 typedef void* (*fastq_allocate)(void* context, size_t bytes);
 
 typedef struct fastq_int8_gemm_args {

@@ -13,8 +13,9 @@ namespace fastq {
 // The caller's workspace, or its way to give one.
 class Workspace {
  public:
+  // A null `data` holds nothing, whatever `size` says.
   Workspace(void* data, size_t size, fastq_allocate allocate, void* context)
-      : data_(data), size_(size), allocate_(allocate), context_(context) {}
+      : data_(data), size_(data != nullptr ? size : 0), allocate_(allocate), context_(context) {}
 
   // Whether get(bytes) can succeed.
   bool holds(size_t bytes) const { return bytes <= size_ || allocate_ != nullptr; }

@@ -124,7 +124,9 @@ void dot_rows(const int8_t* a, int64_t stride_am, const int8_t* const w[4], int6
     for (int j = 0; j < 4; ++j) {
       weight[j] = flip(_mm512_maskz_loadu_epi8(mask, w[j] + k));
       // A short row ends before the hardware's prefetcher has caught up with it.
-      if (fetch_ahead != 0) _mm_prefetch(w[j] + k + fetch_ahead, _MM_HINT_T1);
+      // An address, not a pointer: past the end of the weight the fetch does nothing.
+      const auto ahead = reinterpret_cast<uintptr_t>(w[j]) + k + fetch_ahead;
+      if (fetch_ahead != 0) _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
     }
     for (int i = 0; i < MR; ++i) {
       const __m512i activation = _mm512_maskz_loadu_epi8(mask, a + i * stride_am + k);
