@@ -1,210 +1,162 @@
-"""INT8 GEMM with per-token and per-channel scales, beside torch's bare integer and float products.
+"""INT8 GEMM with per-token and per-channel scales, beside what else there is for the same product.
 
 ``python -m bench.int8_gemm --device cuda`` appends a line for each shape and implementation to
-``bench/results/<device>/int8_gemm.jsonl``. Inputs are drawn from N(0, 1) and quantised by absmax.
-``ratio`` is the peer's time over this implementation's: above 1 this one is faster.
+``bench/results/<device>/int8_gemm.jsonl`` and ends with a summary. Inputs are drawn from N(0, 1)
+and quantised by absmax.
 
-Ours compute the scales and write bfloat16; ``torch._int_mm`` gives the raw int32 sums.
+A line's ``ratios`` are the times of its peers over its own: above 1 this one is faster. The peers:
+
+- ``reference``: the fastest of CUTLASS's tiles in ``bench/reference`` (GPUs of compute capability
+  9.0); ``dispatcher``: the one that vLLM's dispatcher picks; ``beyond``: what it has not;
+- ``int_mm``: ``torch._int_mm``, which gives the raw int32 sums, without scales;
+- ``bf16``: ``torch.mm``; ``fp8``: ``torch._scaled_mm`` with row-wise scales.
+
+``fastq[quantize+gemm]`` starts from a bfloat16 activation, as ``bf16`` does.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import NamedTuple
+import argparse
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
 
-import torch
+from . import int8_gemm_summary, reference_tiles, results, timing
+from .int8_gemm_cases import (
+    BF16_MM,
+    FP8_MM,
+    INT_MM,
+    Problem,
+    Wanted,
+    ours,
+    peers,
+    references,
+)
 
-import fastq
-
-from . import results, timing
-
-# The first of them that takes the shape is what `ratio` compares with.
-INT_MM = "torch._int_mm"
-BF16_MM = "torch.mm[bfloat16]"
-
-
-class Operands(NamedTuple):
-    """Activations x and weight w, and what quantisation makes of them."""
-
-    x: torch.Tensor  # (M, K) float32
-    w: torch.Tensor  # (N, K) float32
-    qx: torch.Tensor
-    sx: torch.Tensor
-    qw: torch.Tensor
-    sw: torch.Tensor
+Timings = dict[str, timing.Timing]
 
 
-def draw(M: int, N: int, K: int, device: torch.device) -> Operands:
-    generator = torch.Generator(device=device).manual_seed(0)
-    x = torch.randn(M, K, generator=generator, device=device)
-    w = torch.randn(N, K, generator=generator, device=device)
-    return Operands(x, w, *fastq.quantize_per_token(x), *fastq.quantize_per_channel(w))
-
-
-class Case(NamedTuple):
-    calls: timing.Calls
-    bytes: int  # that a call reads and writes at least
-    dtype: str
-    config: str | None = None
-
-
-def rotate(
-    product: Callable[..., object],
-    inputs: tuple[torch.Tensor, ...],
-    out: torch.Tensor,
-    dtype: str,
-    config: str | None = None,
-    *,
-    allocates: bool = False,
-) -> Case:
-    """`product` on copies of its inputs, enough of them to spill the caches. `allocates`: it takes
-    no out, and `out` only says what it gives."""
-    size = sum(t.nbytes for t in inputs)
-    calls = []
-    for _ in range(timing.copies(size, out.device)):
-        # clone() keeps the strides of a dense tensor: a transposed weight stays one.
-        copied = [t.clone() for t in inputs]
-        kwargs = {} if allocates else {"out": torch.empty_like(out)}
-        calls.append(partial(product, *copied, **kwargs))
-    return Case(calls, size + out.nbytes, dtype, config)
-
-
-@contextmanager
-def kernel_family(name: str) -> Iterator[None]:
-    """FASTQ_KERNELS for a while. A captured graph keeps the kernels of its capture."""
-    before = os.environ.pop("FASTQ_KERNELS", None)
-    if name != "default":
-        os.environ["FASTQ_KERNELS"] = name
-    try:
-        yield
-    finally:
-        os.environ.pop("FASTQ_KERNELS", None)
-        if before is not None:
-            os.environ["FASTQ_KERNELS"] = before
-
-
-def in_family(family: str, a: torch.Tensor, b: torch.Tensor, *args, **kwargs) -> None:
-    with kernel_family(family):
-        fastq.int8_gemm(a, b, *args, **kwargs)
-
-
-def packed_product(a, sa, sb, data, *, shape, out):
-    fastq.int8_gemm(a, fastq.PackedWeight(data, *shape), sa, sb, out=out)
-
-
-def ours(o: Operands, families: list[str]) -> dict[str, Case]:
-    device = o.x.device
-    out = torch.empty(len(o.qx), len(o.qw), dtype=torch.bfloat16, device=device)
-    dtype = "int8 -> bfloat16"
-    inputs = (o.qx, o.qw.t(), o.sx, o.sw)
-    cases = {}
-    if device.type == "cuda":
-        for family in families:
-            with kernel_family(family):
-                config = fastq.describe_int8_gemm(o.qx, o.qw.t())
-            name = "fastq" if family == "default" else f"fastq[{family}]"
-            product = fastq.int8_gemm if family == "default" else partial(in_family, family)
-            cases[name] = rotate(product, inputs, out, dtype, config)
-        return cases
-    config = fastq.describe_int8_gemm(o.qx, o.qw.t())
-    cases["fastq"] = rotate(fastq.int8_gemm, inputs, out, dtype, config)
-    packed = fastq.pack_weight(o.qw.t())
-    product = partial(packed_product, shape=packed.shape)
-    config = fastq.describe_int8_gemm(o.qx, packed)
-    inputs = (o.qx, o.sx, o.sw, packed.data)
-    cases["fastq[packed]"] = rotate(product, inputs, out, dtype, config)
-    return cases
-
-
-def peers(o: Operands) -> dict[str, Case]:
-    """Every product of torch that takes the shape."""
-    device = o.x.device
-    sums = torch.empty(len(o.qx), len(o.qw), dtype=torch.int32, device=device)
-    wanted: dict[str, tuple] = {
-        f"{INT_MM}[w.t()]": (torch._int_mm, (o.qx, o.qw.t()), sums, "int8 -> int32"),
-        f"{INT_MM}[(K, N)]": (torch._int_mm, (o.qx, o.qw.t().contiguous()), sums, "int8 -> int32"),
+def fastest_peers(timings: Timings, M: int, N: int) -> dict[str, str]:
+    """The fastest implementation of each kind, for the kinds that were timed."""
+    kinds = {
+        "reference": "reference[",
+        "dispatcher": f"reference[{reference_tiles.dispatched_tile(M, N)}]",
+        "beyond": "beyond[",
+        "int_mm": INT_MM,
+        "bf16": BF16_MM,
+        "fp8": FP8_MM,
     }
-    x, w, bf16 = o.x.bfloat16(), o.w.bfloat16(), sums.to(torch.bfloat16)
-    wanted[BF16_MM] = (torch.mm, (x, w.t()), bf16, "bfloat16")
-    fp8_name = "torch._scaled_mm[float8 rowwise]"
-    if device.type == "cpu":
-        wanted["torch.mm[float32]"] = (torch.mm, (o.x, o.w.t()), sums.float(), "float32")
-    else:
-        x8, w8 = o.x.to(torch.float8_e4m3fn), o.w.to(torch.float8_e4m3fn)
-        product = partial(torch._scaled_mm, out_dtype=torch.bfloat16, use_fast_accum=True)
-        wanted[fp8_name] = (product, (x8, w8.t(), o.sx, o.sw[None]), bf16, "float8 -> bfloat16")
-    cases = {}
-    for name, (product, inputs, out, dtype) in wanted.items():
-        try:
-            product(*inputs)
-        except RuntimeError as error:
-            print(f"  {name}: does not take this shape ({str(error).splitlines()[0]})")
-            continue
-        cases[name] = rotate(product, inputs, out, dtype, allocates=name == fp8_name)
-    return cases
+    fastest = {}
+    for kind, prefix in kinds.items():
+        names = [name for name in timings if name.startswith(prefix)]
+        if names:
+            fastest[kind] = min(names, key=lambda name: timings[name].p50_us)
+    return fastest
 
 
-def check_sums(o: Operands) -> None:
-    """A benchmark of a wrong product is worth nothing."""
-    sums = fastq.int8_gemm(o.qx[:64], o.qw[:256].t(), None, None, out_dtype=torch.int32)
-    expected = o.qx[:64].double() @ o.qw[:256].double().t()
-    assert torch.equal(sums.double(), expected)
+class Bench:
+    """One run of the benchmark."""
 
+    def __init__(self, options: argparse.Namespace, writer: results.Writer):
+        self.writer, self.rounds, self.verbose = writer, options.rounds, options.verbose
+        self.families = options.families.split(",")
+        self.wanted: Wanted = lambda name: re.search(options.only, name) is not None
+        self.library = reference_tiles.find() if writer.device.type == "cuda" else None
 
-def run(writer: results.Writer, sizes: dict, tag: str, families: list[str], rounds: int) -> None:
-    device = writer.device
-    M, N, K = sizes["M"], sizes["N"], sizes["K"]
-    operands = draw(M, N, K, device)
-    check_sums(operands)
-    cases = ours(operands, families) | peers(operands)
-    timings = timing.measure({name: case.calls for name, case in cases.items()}, device, rounds)
-    layouts = [name for name in timings if name.startswith(INT_MM)]
-    peer = min(layouts, key=lambda name: timings[name].p50_us, default=BF16_MM)
-    clocks = results.clocks(device)
-    print(f"{M}x{N}x{K} ({tag}), ratio against {peer}")
-    for name, case in cases.items():
-        t = timings[name]
-        rate = 2e-6 * M * N * K / t.p50_us
-        gb_per_s = 1e-3 * case.bytes / t.p50_us
-        ratio = timings[peer].p50_us / t.p50_us
-        print(
-            f"  {name:34} {t.p50_us:11.2f} us {rate:9.3f} TOP/s {gb_per_s:8.1f} GB/s "
-            f"{ratio:7.3f}  {case.config or ''}"
+    def run(self, sizes: dict[str, int], tag: str) -> None:
+        M, N, device = sizes["M"], sizes["N"], self.writer.device
+        problem = Problem(M, N, sizes["K"], device)
+        problem.check()
+        cases = ours(problem, self.families, self.wanted) | peers(problem, self.wanted)
+        if self.library is not None:
+            cases |= references(problem, self.library, self.wanted)
+        clocks = results.read_clocks(device)
+        timings = timing.measure(
+            {name: case.calls for name, case in cases.items()}, device, self.rounds
         )
-        writer.write(
-            op="int8_gemm",
-            tag=tag,
-            shape=sizes,
-            dtype=case.dtype,
-            implementation=name,
-            config=case.config,
-            p10_us=t.p10_us,
-            p50_us=t.p50_us,
-            p90_us=t.p90_us,
-            timer=t.timer,
-            copies=len(case.calls),
-            rate=round(rate, 3),
-            unit="TOP/s",
-            gb_per_s=round(gb_per_s, 2),
-            peer=peer,
-            ratio=round(ratio, 4),
-            clocks=clocks,
-        )
+        fastest = fastest_peers(timings, M, N)
+        peer = next(iter(fastest.values()), None)
+        shared = {"op": "int8_gemm", "tag": tag, "shape": sizes, "clocks": clocks()}
+        lines = []
+        for name, case in cases.items():
+            t = timings[name]
+            ratios = {
+                kind: round(timings[other].p50_us / t.p50_us, 4) for kind, other in fastest.items()
+            }
+            line = self.writer.write(
+                **shared,
+                dtype=case.dtype,
+                implementation=name,
+                config=case.config,
+                p10_us=t.p10_us,
+                p50_us=t.p50_us,
+                p90_us=t.p90_us,
+                timer=t.timer,
+                copies=len(case.calls),
+                rate=round(2e-6 * M * N * sizes["K"] / t.p50_us, 3),
+                unit="TOP/s",
+                gb_per_s=round(1e-3 * case.bytes / t.p50_us, 2),
+                peer=peer,
+                ratio=next(iter(ratios.values()), None),
+                ratios=ratios,
+            )
+            lines.append(line)
+        self.show(lines if self.verbose else lines[:1])
+
+    def show(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            against = " ".join(f"{kind} {ratio:.3f}" for kind, ratio in line["ratios"].items())
+            config = f" | {line['config']}" if self.verbose and line["config"] else ""
+            width = 44 if self.verbose else 8
+            if line["timer"] == timing.NOT_CAPTURED:
+                config += f" | {line['timer']}"
+            print(
+                f"{results.shape_text(line['shape']):16} {line['implementation']:{width}} "
+                f"{line['p50_us']:9.2f} us {line['rate']:8.2f} TOP/s "
+                f"{line['gb_per_s']:6.0f} GB/s | {against}{config}",
+                flush=True,
+            )
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def pairs(text: str) -> list[tuple[int, int]]:
+    return [(int(n), int(k)) for n, k in (pair.split("x") for pair in text.split(","))]
+
+
+def chosen_shapes(options: argparse.Namespace) -> Iterator[tuple[dict[str, int], str]]:
+    """The shapes file's, less what --M and --NK leave out; with both of them, all their pairs."""
+    if options.M and options.NK:
+        tags = {results.shape_text(sizes): tag for sizes, tag in results.shapes(options)}
+        for (N, K), M in itertools.product(options.NK, options.M):
+            sizes = {"M": M, "N": N, "K": K}
+            yield sizes, tags.get(results.shape_text(sizes), "asked")
+        return
+    for sizes, tag in results.shapes(options):
+        asked_m = not options.M or sizes["M"] in options.M
+        if asked_m and (not options.NK or (sizes["N"], sizes["K"]) in options.NK):
+            yield sizes, tag
 
 
 def main() -> None:
     parser = results.arguments("int8_gemm")
     results.add_shapes(parser, "int8_gemm")
+    parser.add_argument("--M", type=numbers, help="1,16,64: these of the shapes file")
+    parser.add_argument("--NK", type=pairs, help="4096x4096,11008x4096; with --M: any shape")
+    parser.add_argument("--only", default="", help="a regular expression on the implementation")
     parser.add_argument(
-        "--families", default="default,sm80", help="CUDA kernel families: default, sm80, sm90"
+        "--families", default="default", help="CUDA kernel families: default, sm80, sm90"
     )
+    parser.add_argument("--verbose", action="store_true", help="every implementation of a shape")
     options = parser.parse_args()
     writer = results.writer(options, "int8_gemm")
-    for sizes, tag in results.shapes(options):
-        run(writer, sizes, tag, options.families.split(","), options.rounds)
+    bench = Bench(options, writer)
+    for sizes, tag in chosen_shapes(options):
+        bench.run(sizes, tag)
+    print("\n".join(int8_gemm_summary.report(writer.lines)))
     print(f"appended to {writer.path}")
 
 

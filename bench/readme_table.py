@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .int8_gemm import BF16_MM, INT_MM
+from . import int8_gemm_summary
+from .int8_gemm_cases import BF16_MM, INT_MM, QUANTIZED
 from .results import REPOSITORY, RESULTS, newest
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -39,7 +40,9 @@ def gemm_rows(lines: list[Line]) -> list[list[str]]:
     """Our fastest form of each shape beside the fastest layout of torch._int_mm and bfloat16."""
     rows = []
     for shape, cases in by_shape(lines).items():
-        ours = [line for name, line in cases.items() if name.startswith("fastq")]
+        ours = [
+            line for name, line in cases.items() if name.startswith("fastq") and name != QUANTIZED
+        ]
         theirs = [line for name, line in cases.items() if name.startswith(INT_MM)]
         best = min(ours, key=lambda line: line["p50_us"])
         int_mm = min(theirs, key=lambda line: line["p50_us"], default=None)
@@ -59,6 +62,40 @@ def gemm_rows(lines: list[Line]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def reference_table(lines: list[Line]) -> list[str]:
+    """Ours on every shape: microseconds and, in brackets, how far ahead of the best reference."""
+    cells = {}
+    for line in lines:
+        shape = line["shape"]
+        cell = f"{microseconds(line)} ({line['ratios']['reference']:.2f})"
+        cells[shape["M"], (shape["N"], shape["K"])] = cell
+    weights = sorted({weight for _, weight in cells}, key=lambda nk: (nk[0] * nk[1], nk[0]))
+    head = ["M \\ N × K", *(f"{n} × {k}" for n, k in weights)]
+    rows = [
+        [str(m), *(cells.get((m, weight), "") for weight in weights)]
+        for m in sorted({m for m, _ in cells})
+    ]
+    return table(head, rows)
+
+
+def gemm_tables(lines: list[Line]) -> list[str]:
+    """One table of all, or the larger run's: ours beside the reference tiles, its summary, and the
+    shapes that bars are set on beside torch."""
+    head = ["M × N × K", "fastq µs", "TOP/s", "`_int_mm` µs", "bf16 `mm` µs"]
+    head += ["× `_int_mm`", "× bf16"]
+    ours = [line for line in lines if line["implementation"] == "fastq"]
+    compared = [line for line in ours if "reference" in line.get("ratios", {})]
+    if not compared:
+        return table(head, gemm_rows(lines))
+    bars = [line["shape"] for line in ours if line["tag"] == "bar"]
+    text = table(head, gemm_rows([line for line in lines if line["shape"] in bars]))
+    text += ["`int8_gemm`, µs (and × the best of CUTLASS's tiles in `bench/reference`):", ""]
+    text += reference_table(compared)
+    figures = int8_gemm_summary.figures(lines)
+    rows = [[figure.name, figure.text, figure.where] for figure in figures]
+    return text + table(["`int8_gemm` as a whole", "", "where"], rows)
 
 
 def quantize_rows(lines: list[Line]) -> list[list[str]]:
@@ -95,8 +132,7 @@ def section(folder: Path) -> list[str]:
     threads = f", {last['threads']} threads" if "threads" in last else ""
     text = [f"**{last['device']}**{threads}, torch {last['torch']}, {last['time'][:10]}", ""]
     if gemm:
-        head = ["M × N × K", "fastq µs", "TOP/s", "`_int_mm` µs", "bf16 `mm` µs"]
-        text += table([*head, "× `_int_mm`", "× bf16"], gemm_rows(gemm))
+        text += gemm_tables(gemm)
     if quantize:
         head = ["bfloat16 rows × columns", "fastq µs", "GB/s", "eager torch µs", "× torch"]
         text += table(head, quantize_rows(quantize))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +94,32 @@ def environment(device: torch.device) -> dict[str, Any]:
     return fields
 
 
-def clocks(device: torch.device) -> dict[str, str] | None:
-    """The clocks and the power of a GPU at this moment, or None."""
-    if device.type != "cuda":
-        return None
+Clocks = dict[str, str] | None
+
+
+def read_clocks(device: torch.device) -> Callable[[], Clocks]:
+    """Asks for the clocks and the power of a GPU at this moment, and returns a function that waits
+    for the answer: so they can be those of a measurement under way."""
     names = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-    text = _output(
-        "nvidia-smi",
-        f"--query-gpu={','.join(names)}",
-        "--format=csv,noheader",
-        f"--id={device.index or 0}",
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return lambda: None
+    query = (f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={device.index or 0}")
+    process = subprocess.Popen(
+        ("nvidia-smi", *query), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    return dict(zip(names, text.split(", "), strict=True)) if text else None
+
+    def answer() -> Clocks:
+        text, _ = process.communicate()
+        if process.returncode != 0:
+            return None
+        return dict(zip(names, text.strip().split(", "), strict=True))
+
+    return answer
+
+
+def clocks(device: torch.device) -> Clocks:
+    """The clocks and the power of a GPU at this moment, or None."""
+    return read_clocks(device)()
 
 
 class Writer:
@@ -113,13 +128,16 @@ class Writer:
     def __init__(self, path: Path, device: torch.device):
         self.path = path
         self.device = device
+        self.lines: list[dict[str, Any]] = []  # what this run wrote
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, **fields: Any) -> None:
+    def write(self, **fields: Any) -> dict[str, Any]:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = {"time": stamp, **environment(self.device), **fields}
+        self.lines.append(line)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        return line
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -143,7 +161,9 @@ def arguments(op: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m bench.{op}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>/<op>.jsonl")
-    parser.add_argument("--rounds", type=int, default=25, help="samples of each implementation")
+    parser.add_argument(
+        "--rounds", type=int, help="samples of each implementation; default: 25, 11 of CUDA graphs"
+    )
     parser.add_argument("--threads", type=int, help="of the CPU, for fastq and torch alike")
     return parser
 
@@ -154,23 +174,39 @@ def add_shapes(parser: argparse.ArgumentParser, op: str) -> None:
 
 
 def writer(options: argparse.Namespace, op: str) -> Writer:
-    """Where the lines go; sets the number of threads."""
+    """Where the lines go; sets the number of threads and of samples."""
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     if options.threads is not None:
         fastq.set_num_threads(options.threads)
         torch.set_num_threads(options.threads)
+    if options.rounds is None:
+        options.rounds = 25 if device.type == "cpu" else 11
     path = options.out or RESULTS / device_folder(device) / f"{op}.jsonl"
     return Writer(path, device)
 
 
+def expand(case: dict[str, Any]) -> Iterator[dict[str, int]]:
+    """The sizes that an entry of a shapes file stands for. A list is one size after the other, and
+    a name of two letters holds pairs: ``{"M": [1, 16], "NK": [[4096, 4096]]}``."""
+    values = [value if isinstance(value, list) else [value] for value in case.values()]
+    for chosen in itertools.product(*values):
+        sizes: dict[str, int] = {}
+        for name, size in zip(case, chosen, strict=True):
+            sizes |= zip(name, size, strict=True) if isinstance(size, list) else {name: size}
+        yield sizes
+
+
 def shapes(options: argparse.Namespace) -> Iterator[tuple[dict[str, int], str]]:
-    """(sizes, tag) of the cases in the shapes file that the device and the filter leave."""
+    """(sizes, tag) of the cases in the shapes file that the device and the filter leave. A shape
+    that stands in the file twice has its first tag."""
+    seen = set()
     for case in json.loads(options.shapes.read_text()):
-        if options.device not in case.pop("devices"):
-            continue
-        tag = case.pop("tag")
-        if re.search(options.filter, f"{shape_text(case)} {tag}"):
-            yield case, tag
+        devices, tag = case.pop("devices"), case.pop("tag")
+        for sizes in expand(case) if options.device in devices else ():
+            text = shape_text(sizes)
+            if text not in seen and re.search(options.filter, f"{text} {tag}"):
+                seen.add(text)
+                yield sizes, tag
 
 
 def shape_text(sizes: dict[str, int]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import fastq
 
 Calls = list[Callable[[], object]]
+NOT_CAPTURED = "cuda events, not captured"
 
 
 class Timing(NamedTuple):
@@ -95,36 +97,50 @@ class _Graph:
     SAMPLE_US = 1500.0
     MAX_CALLS = 512
 
-    def __init__(self, calls: Calls):
+    def __init__(self, calls: Calls, pool: tuple[int, int]):
+        """`pool` is the memory that the calls of all graphs allocate from, one after the other."""
+        self.pool = pool
+        self.graphs: list[torch.cuda.CUDAGraph] = []  # torch gives up a pool with its last graph
         for call in calls:
             call()
         torch.cuda.synchronize()
-        self.count = len(calls)
-        self.replay = lambda: [call() for call in calls]
+        self.timer = self._capture(calls)
         once = self.sample()
         if once * len(calls) < self.SAMPLE_US:
-            wanted = min(self.SAMPLE_US / max(once, 1.0), self.MAX_CALLS)
-            calls = calls * math.ceil(wanted / len(calls))
-        self.timer = self._capture(calls)
-        self.count = len(calls)
+            wanted = min(self.SAMPLE_US / max(once, 0.5), self.MAX_CALLS)
+            repeats = math.ceil(wanted / len(calls))
+            if repeats > 1:
+                self.timer = self._capture(calls * repeats)
         self.replay()
         torch.cuda.synchronize()
 
     def _capture(self, calls: Calls) -> str:
-        graph = torch.cuda.CUDAGraph()
+        self.count = len(calls)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.graphs.append(graph)
+        torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph):
-                for call in calls:
-                    call()
+            # torch.cuda.graph would empty the allocator's cache each time, which takes longer than
+            # a measurement.
+            with torch.cuda.stream(stream):
+                graph.capture_begin(pool=self.pool)
+                try:
+                    for call in calls:
+                        call()
+                finally:
+                    graph.capture_end()
         except RuntimeError:
             torch.cuda.synchronize()
             self.replay = lambda: [call() for call in calls]
-            return "cuda events, not captured"
+            return NOT_CAPTURED
         self.replay = graph.replay
         return "cuda graph"
 
     def sample(self) -> float:
+        """Microseconds a call. The replay before the timed one keeps the GPU busy until all of that
+        is enqueued."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.replay()
         begin.record()
         self.replay()
         end.record()
@@ -133,12 +149,15 @@ class _Graph:
 
 
 def _measure_cuda(candidates: dict[str, Calls], rounds: int) -> dict[str, Timing]:
-    graphs = {name: _Graph(calls) for name, calls in candidates.items()}
+    pool = torch.cuda.graph_pool_handle()
+    graphs = {name: _Graph(calls, pool) for name, calls in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
+    # No candidate always follows the same neighbour: power spent lowers the clocks of who is next.
+    order, shuffle = list(graphs), random.Random(0).shuffle
     for turn in range(-3, rounds):  # the first turns bring the clocks to where they stay
-        for name, graph in graphs.items():
-            graph.replay()
-            value = graph.sample()
+        shuffle(order)
+        for name in order:
+            value = graphs[name].sample()
             if turn >= 0:
                 samples[name].append(value)
     return {name: quantiles(values, graphs[name].timer) for name, values in samples.items()}

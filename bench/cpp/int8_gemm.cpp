@@ -2,6 +2,9 @@
 // `python -m bench.int8_gemm`.
 //
 //   bench_int8_gemm [--device cpu|cuda] [--shapes FILE] [--out FILE] [--commit ID] [--rounds N]
+//                   [--M 1,16,64] [--NK 4096x4096,11008x4096]
+//
+// --M and --NK leave only these of the file's shapes.
 //
 // Inputs are drawn from N(0, 1), quantised by absmax, and copied often enough to spill the caches.
 #include <unistd.h>
@@ -29,17 +32,22 @@
 
 namespace {
 
+constexpr char kDigits[] = "0123456789";
+
 struct Options {
   bool cuda = false;
   std::string shapes = "bench/shapes/int8_gemm.json";
   std::string out;
   std::string commit = "unknown";
   int rounds = 25;
+  std::vector<int64_t> m, nk;  // nk: N, K, N, K, ...; empty: all
 };
 
 struct Shape {
   int64_t M, N, K;
   std::string tag;
+
+  bool operator==(const Shape& s) const { return M == s.M && N == s.N && K == s.K; }
 };
 
 struct Timing {
@@ -112,9 +120,14 @@ struct Quantized {
 };
 
 Quantized draw(int64_t rows, int64_t cols, bool cuda, std::mt19937& generator) {
+  // Drawing takes longer than any product: a large matrix repeats what was drawn, in another column
+  // of each row.
+  constexpr int64_t kDrawn = 4194301;  // a prime
   std::normal_distribution<float> normal;
   std::vector<float> host(rows * cols);
-  for (float& value : host) value = normal(generator);
+  for (int64_t i = 0; i < rows * cols; ++i) {
+    host[i] = i < kDrawn ? normal(generator) : host[i - kDrawn];
+  }
   Buffer x(host.size() * sizeof(float), cuda);
   x.copy_from(host.data(), host.size() * sizeof(float));
   const Quantized result{std::make_shared<Buffer>(rows * cols, cuda),
@@ -241,6 +254,7 @@ Timing time_cuda(const Products& products, int rounds, cudaStream_t stream) {
   const auto replay = [&] { check_cuda(cudaGraphLaunch(executable, stream)); };
   std::vector<double> samples;
   for (int i = -5; i < rounds; ++i) {  // the first ones bring the clocks to where they stay
+    replay();                          // keeps the GPU busy until the timed one is enqueued
     const double us = elapsed_us(replay) / (static_cast<double>(repeats) * products.size());
     if (i >= 0) samples.push_back(us);
   }
@@ -252,24 +266,80 @@ Timing time_cuda(const Products& products, int rounds, cudaStream_t stream) {
 }
 #endif
 
-// The value of a field in a line of JSON: a number, or a string without its quotes.
-std::string field(const std::string& line, const std::string& name) {
-  const size_t at = line.find("\"" + name + "\":");
-  if (at == std::string::npos) throw std::runtime_error("no " + name + " in: " + line);
-  const size_t begin = line.find_first_not_of(" \"", at + name.size() + 3);
-  return line.substr(begin, line.find_first_of(",\"}", begin) - begin);
+// The integers of a text, whatever stands between them.
+std::vector<int64_t> integers(const std::string& text) {
+  std::vector<int64_t> found;
+  for (size_t at = text.find_first_of(kDigits); at != std::string::npos;
+       at = text.find_first_of(kDigits, at)) {
+    found.push_back(std::stoll(text.substr(at)));
+    at = text.find_first_not_of(kDigits, at);
+  }
+  return found;
 }
 
-// The shapes file holds one case a line.
-std::vector<Shape> read_shapes(const std::string& path, const std::string& device) {
-  std::ifstream file(path);
-  if (!file) throw std::runtime_error("cannot read " + path);
+// What follows a name in an entry of the shapes file: up to the end of its list, or to the comma.
+// Empty where the entry has no such name.
+std::string field(const std::string& entry, const std::string& name) {
+  size_t begin = entry.find("\"" + name + "\":");
+  if (begin == std::string::npos) return "";
+  begin = entry.find_first_not_of(' ', begin + name.size() + 3);
+  size_t end = begin;
+  int depth = 0;
+  do {
+    depth += entry[end] == '[';
+    depth -= entry[end] == ']';
+    ++end;
+  } while (end < entry.size() && (depth > 0 || (entry[end] != ',' && entry[end] != '}')));
+  return entry.substr(begin, end - begin);
+}
+
+// The sizes that an entry of the shapes file stands for, as bench/results.py expands it: a list is
+// one size after the other, NK holds pairs.
+std::vector<Shape> expand(const std::string& entry) {
+  const std::vector<int64_t> m = integers(field(entry, "M"));
+  std::vector<int64_t> nk = integers(field(entry, "NK"));
+  if (nk.empty()) {
+    for (const int64_t n : integers(field(entry, "N"))) {
+      for (const int64_t k : integers(field(entry, "K"))) nk.insert(nk.end(), {n, k});
+    }
+  }
+  const std::string quoted = field(entry, "tag");
+  if (m.empty() || nk.empty() || nk.size() % 2 != 0 || quoted.size() < 2) {
+    throw std::runtime_error("not a shape: " + entry);
+  }
   std::vector<Shape> shapes;
-  for (std::string line; std::getline(file, line);) {
-    if (line.find("\"M\"") == std::string::npos) continue;
-    if (line.find("\"" + device + "\"") == std::string::npos) continue;
-    shapes.push_back({std::stoll(field(line, "M")), std::stoll(field(line, "N")),
-                      std::stoll(field(line, "K")), field(line, "tag")});
+  for (const int64_t M : m) {
+    for (size_t i = 0; i < nk.size(); i += 2) {
+      shapes.push_back({M, nk[i], nk[i + 1], quoted.substr(1, quoted.size() - 2)});
+    }
+  }
+  return shapes;
+}
+
+bool is_chosen(const Options& options, const Shape& s) {
+  const bool m =
+      options.m.empty() || std::find(options.m.begin(), options.m.end(), s.M) != options.m.end();
+  bool nk = options.nk.empty();
+  for (size_t i = 0; i + 1 < options.nk.size(); i += 2) {
+    nk = nk || (options.nk[i] == s.N && options.nk[i + 1] == s.K);
+  }
+  return m && nk;
+}
+
+// A shape that stands in the file twice has its first tag.
+std::vector<Shape> read_shapes(const Options& options) {
+  std::ifstream file(options.shapes);
+  if (!file) throw std::runtime_error("cannot read " + options.shapes);
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  const std::string device = options.cuda ? "\"cuda\"" : "\"cpu\"";
+  std::vector<Shape> shapes;
+  for (size_t at = text.find('{'); at != std::string::npos; at = text.find('{', at + 1)) {
+    const std::string entry = text.substr(at, text.find('}', at) + 1 - at);
+    if (field(entry, "devices").find(device) == std::string::npos) continue;
+    for (const Shape& shape : expand(entry)) {
+      const bool is_new = std::find(shapes.begin(), shapes.end(), shape) == shapes.end();
+      if (is_new && is_chosen(options, shape)) shapes.push_back(shape);
+    }
   }
   return shapes;
 }
@@ -306,6 +376,10 @@ Options parse(int argc, char** argv) {
       options.commit = value;
     } else if (name == "--rounds") {
       options.rounds = std::stoi(value);
+    } else if (name == "--M") {
+      options.m = integers(value);
+    } else if (name == "--NK") {
+      options.nk = integers(value);
     } else {
       throw std::runtime_error("unknown option " + name + " " + value);
     }
@@ -379,7 +453,7 @@ int main(int argc, char** argv) {
       stream = created;
     }
 #endif
-    for (const Shape& shape : read_shapes(options.shapes, options.cuda ? "cuda" : "cpu")) {
+    for (const Shape& shape : read_shapes(options)) {
       bench(options, shape, stream);
     }
   } catch (const std::exception& error) {
