@@ -1,7 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 def version() -> str: ...
 def describe() -> str: ...
@@ -19,6 +19,11 @@ def int8_gemm(
     bias: Tensor | None,
     out: Tensor,
     packed_shape: list[int] | tuple[int, int] | None,
+    residual: Tensor | None,
+    activation: str | None,
+    zero_point: Tensor | None,
+    column_sums: Tensor | None,
+    out_scale: Tensor | None,
 ) -> None: ...
 def int8_gemm_direct(
     a: Tensor,
@@ -27,16 +32,18 @@ def int8_gemm_direct(
     sb: Tensor | None,
     bias: Tensor | None,
     out: Tensor | None,
+    out_dtype: dtype | None,
     packed_shape: list[int] | tuple[int, int] | None,
-) -> bool: ...
+    *options: Any,  # none, or the last five of int8_gemm
+) -> Tensor | None: ...
 def int8_gemm_describe(
     a: Tensor,
     b: Tensor,
     sa: Tensor | None,
     sb: Tensor | None,
-    bias: Tensor | None,
     out: Tensor,
     packed_shape: list[int] | tuple[int, int] | None,
+    out_scale: Tensor | None,
 ) -> str: ...
 def pack_weight(b: Tensor) -> Tensor: ...
 def quantize_per_token(x: Tensor, q: Tensor, scale: Tensor) -> None: ...

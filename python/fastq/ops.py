@@ -16,9 +16,12 @@ from torch import Tensor
 
 from . import _core
 
-_OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
+_OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int8)
+_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 _is_compiling = torch.compiler.is_compiling
-_OPTIONAL_ARGS = frozenset(("sa", "sb", "bias", "out"))
+_OPTIONAL_ARGS = frozenset(
+    ("sa", "sb", "bias", "out", "residual", "zero_point", "column_sums", "out_scale")
+)
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -39,13 +42,17 @@ class PackedWeight(NamedTuple):
 
 # `out` is positional in the schemas: a keyword costs the dispatcher 2 us a call.
 _library = torch.library.Library("fastq", "DEF")
+_OPTIONS = (
+    "Tensor? residual=None, str? activation=None, Tensor? zero_point=None, "
+    "Tensor? column_sums=None, Tensor? out_scale=None"
+)
 _library.define(
     "int8_gemm(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, ScalarType out_dtype, "
-    "SymInt[]? packed_shape) -> Tensor"
+    f"SymInt[]? packed_shape, {_OPTIONS}) -> Tensor"
 )
 _library.define(
     "int8_gemm.out(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, "
-    "SymInt[]? packed_shape, Tensor(a!) out) -> ()"
+    f"SymInt[]? packed_shape, Tensor(a!) out, {_OPTIONS}) -> ()"
 )
 _library.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
 _library.define("quantize_per_channel(Tensor w) -> (Tensor, Tensor)")
@@ -62,17 +69,31 @@ def _gemm_shape(a: Tensor, b: Tensor, packed_shape: Any) -> tuple[int, ...]:
     return (*a.shape[:-1], n)
 
 
-def _int8_gemm(a, b, sa, sb, bias, out_dtype, packed_shape):
+def _int8_gemm_out(
+    a,
+    b,
+    sa,
+    sb,
+    bias,
+    packed_shape,
+    out,
+    residual=None,
+    activation=None,
+    zero_point=None,
+    column_sums=None,
+    out_scale=None,
+):
+    options = (residual, activation, zero_point, column_sums, out_scale)
+    _core.int8_gemm(a, b, sa, sb, bias, out, packed_shape, *options)
+
+
+def _int8_gemm(a, b, sa, sb, bias, out_dtype, packed_shape, *options):
     out = torch.empty(_gemm_shape(a, b, packed_shape), dtype=out_dtype, device=a.device)
-    _core.int8_gemm(a, b, sa, sb, bias, out, packed_shape)
+    _int8_gemm_out(a, b, sa, sb, bias, packed_shape, out, *options)
     return out
 
 
-def _int8_gemm_out(a, b, sa, sb, bias, packed_shape, out):
-    _core.int8_gemm(a, b, sa, sb, bias, out, packed_shape)
-
-
-def _int8_gemm_fake(a, b, sa, sb, bias, out_dtype, packed_shape):
+def _int8_gemm_fake(a, b, sa, sb, bias, out_dtype, packed_shape, *options):
     k = b.shape[0] if packed_shape is None else packed_shape[0]
     shape = _gemm_shape(a, b, packed_shape)
     torch._check_value(
@@ -199,6 +220,35 @@ def _as_scale(value: Tensor | float | None, like: Tensor) -> Tensor | None:
     return value
 
 
+def _gemm_options(
+    a: Any,
+    b: Any,
+    packed_shape: Any,
+    residual: Any,
+    activation: Any,
+    zero_point: Any,
+    column_sums: Any,
+    out_scale: Any,
+) -> tuple[Any, ...]:
+    """The last five arguments of the ops, from those of :func:`int8_gemm`."""
+    if activation is not None and activation not in _ACTIVATIONS:
+        got = repr(activation) if isinstance(activation, str) else f"a {type(activation).__name__}"
+        error = ValueError if isinstance(activation, str) else TypeError
+        names = ", ".join(_ACTIVATIONS)
+        raise error(f"int8_gemm: activation is {got}, expected None or one of {names}")
+    if isinstance(zero_point, int) and isinstance(a, Tensor):
+        zero_point = torch.full((), zero_point, dtype=torch.int32, device=a.device)
+    if zero_point is not None and column_sums is None:
+        if packed_shape is not None:
+            raise ValueError(
+                "int8_gemm: zero_point needs column_sums where b is a PackedWeight; pass "
+                "column_sums = b.sum(0, dtype=torch.int32) of the plain b"
+            )
+        if isinstance(b, Tensor) and b.dim() == 2:
+            column_sums = b.sum(0, dtype=torch.int32)
+    return residual, activation, zero_point, column_sums, _as_scale(out_scale, a)
+
+
 def int8_gemm(
     a: Tensor,
     b: Tensor | PackedWeight,
@@ -206,32 +256,55 @@ def int8_gemm(
     sb: Tensor | float | None,
     *,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    zero_point: Tensor | int | None = None,
+    column_sums: Tensor | None = None,
+    out_scale: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """INT8 matrix product with per-token and per-channel scales.
+    """INT8 matrix product with per-token and per-channel scales, and what follows it in a layer::
 
-    ``out[m, n] = round_to(out_dtype, (f32(sum_k a[m,k] * b[k,n]) * sa[m]) * sb[n] + bias[n])``.
-    The integer sum is exact; scales and bias are applied in float32, in this order, each operation
-    rounded once, so a row's bits do not depend on the batch it came in.
+        acc = sum_k a[m, k] * b[k, n]  - zero_point[m] * column_sums[n]
+        y = (f32(acc) * sa[m]) * sb[n]  + bias[n]
+        y = activation(y)  + f32(residual[m, n])
+        out[m, n] = round_to(out_dtype, y)
+                  | clamp(round_half_even(y / out_scale), -127, 127)  for int8
+
+    The integer sum is exact; all else is float32 in this order, each operation rounded once, so a
+    row's bits do not depend on the batch it came in. Only an activation's last bits differ between
+    devices (relative error below 1e-6).
 
     Args:
-        a: int8 ``(..., M, K)``, any strides; K at most 131071.
+        a: int8 ``(..., M, K)``, any strides; K at most 131071, with zero_point 65535.
         b: int8 ``(K, N)``, any strides: ``w.t()`` of a weight ``(N, K)`` is the zero-copy fast
             path. Or a :class:`PackedWeight` (CPU).
         sa: float32 scale of a's rows: a scalar, ``a.shape[:-1]``, that plus ``(1,)``, or flat
             ``(M,)`` or ``(M, 1)`` with M the product of the leading dimensions.
         sb: float32 scale of b's columns: a scalar, ``(N,)`` or ``(1, N)``.
-        bias: ``(N,)`` or ``(1, N)``, of ``out_dtype`` or float32.
-        out_dtype: bfloat16 (the default), float16 or float32; int32 gives the raw sums and takes
-            ``sa=None, sb=None`` and no bias.
-        out: ``(..., M, N)`` to write into; its dtype is the output's. No overlap with an input.
+        bias: ``(N,)`` or ``(1, N)``, float32 or of a floating ``out_dtype``.
+        residual: ``(..., M, N)`` float32, float16 or bfloat16, any strides. It may be ``out``
+            itself, which accumulates in place.
+        activation: ``"relu"``, ``"gelu"`` (with erf), ``"gelu_tanh"`` or ``"silu"``. relu is
+            ``0 if y < 0 else y``, so NaN stays.
+        zero_point: int32, shapes as ``sa``, or an int: ``a ~ (q - zero_point) * sa``, for
+            asymmetric activations. Within -128 to 127; elsewhere the sums may wrap around.
+        column_sums: int32 ``(N,)`` or ``(1, N)``, the sums of b over K, read with zero_point only.
+            Without them they are computed at each call; a PackedWeight has to be given them.
+        out_scale: float32, one element: the static scale of an int8 output, ``y ~ out * out_scale``
+            (SmoothQuant O3). In that output -128 stands for NaN, and for nothing else.
+        out_dtype: bfloat16 (the default), float16, float32, or int8 (the default with out_scale);
+            int32 gives the raw sums ``acc`` and takes ``sa=None, sb=None`` and at most zero_point.
+        out: ``(..., M, N)`` to write into; its dtype is the output's. No overlap with an input,
+            but for a residual that is ``out``.
 
     Returns:
         ``(..., M, N)`` of ``out_dtype`` on a's device; ``out`` when given.
 
     Raises:
-        ValueError: a shape, a size, an overlap, or a tensor that requires grad.
+        ValueError: a shape, a size, an overlap, an unknown activation, an option that the output
+            cannot have, or a tensor that requires grad.
         TypeError: a dtype, a device, or not a tensor.
         NotImplementedError: this build has no backend for the device.
     """
@@ -244,16 +317,42 @@ def int8_gemm(
         sb = _as_scale(sb, a)
     if out is not None and out_dtype is not None:
         _check_out_dtype("int8_gemm", out, out_dtype)
-    if not _is_compiling() and _core.int8_gemm_direct(a, b, sa, sb, bias, out, packed_shape):
-        return out
+    if (
+        residual is None
+        and activation is None
+        and zero_point is None
+        and column_sums is None
+        and out_scale is None
+    ):
+        options = ()
+        if not _is_compiling():
+            got = _core.int8_gemm_direct(a, b, sa, sb, bias, out, out_dtype, packed_shape)
+            if got is not None:
+                return got
+    else:
+        options = _gemm_options(
+            a, b, packed_shape, residual, activation, zero_point, column_sums, out_scale
+        )
+        if not _is_compiling():
+            got = _core.int8_gemm_direct(a, b, sa, sb, bias, out, out_dtype, packed_shape, *options)
+            if got is not None:
+                return got
+        residual, _, zero_point, column_sums, out_scale = options
+        _check_tensors(
+            "int8_gemm",
+            residual=residual,
+            zero_point=zero_point,
+            column_sums=column_sums,
+            out_scale=out_scale,
+        )
     _check_tensors("int8_gemm", a=a, b=b, sa=sa, sb=sb, bias=bias, out=out)
     if out is not None:
-        _int8_gemm_out_op(a, b, sa, sb, bias, packed_shape, out)
+        _int8_gemm_out_op(a, b, sa, sb, bias, packed_shape, out, *options)
         return out
-    out_dtype = torch.bfloat16 if out_dtype is None else out_dtype
+    if out_dtype is None:
+        out_dtype = torch.bfloat16 if out_scale is None else torch.int8
     _check_dtype("int8_gemm", out_dtype, _OUT_DTYPES)
-    run = _int8_gemm if _is_direct(a, b, sa, sb, bias) else _int8_gemm_op
-    return run(a, b, sa, sb, bias, out_dtype, packed_shape)
+    return _int8_gemm_op(a, b, sa, sb, bias, out_dtype, packed_shape, *options)
 
 
 def describe_int8_gemm(
@@ -272,7 +371,8 @@ def describe_int8_gemm(
     _check_tensors("int8_gemm", a=a, b=b)
     out = torch.empty(_gemm_shape(a, b, packed_shape), dtype=out_dtype, device=a.device)
     one = None if out_dtype == torch.int32 else torch.ones((), device=a.device)
-    return _core.int8_gemm_describe(a, b, one, one, None, out, packed_shape)
+    out_scale = one if out_dtype == torch.int8 else None
+    return _core.int8_gemm_describe(a, b, one, one, out, packed_shape, out_scale)
 
 
 def pack_weight(b: Tensor) -> PackedWeight:

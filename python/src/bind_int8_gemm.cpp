@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <exception>
 #include <iterator>
+#include <utility>
 
 #include "tensor.hpp"
 
@@ -11,25 +13,53 @@ struct Call {
   fastq_int8_gemm_args args = {};
 };
 
-// `packed_shape` is (K, N) when b is a packed weight, else None.
-void fill(Call& call, py::handle a, py::handle b, py::handle sa, py::handle sb, py::handle bias,
-          py::handle out, py::handle packed_shape) {
+// The arguments of a product as they come from Python, each None where it is absent.
+struct Operands {
+  py::handle a, b, sa, sb, bias, out;
+  py::handle packed_shape;  // (K, N) when b is a packed weight
+  // All of them or none: a plain call has no more to look at.
+  bool has_options;
+  py::handle residual, activation, zero_point, column_sums, out_scale;
+};
+
+int32_t activation_of(py::handle name) {
+  if (name.is_none()) return FASTQ_ACTIVATION_NONE;
+  const std::pair<const char*, fastq_activation> known[] = {
+      {"relu", FASTQ_ACTIVATION_RELU},
+      {"gelu", FASTQ_ACTIVATION_GELU},
+      {"gelu_tanh", FASTQ_ACTIVATION_GELU_TANH},
+      {"silu", FASTQ_ACTIVATION_SILU}};
+  const std::string text = py::str(name);
+  for (const auto& [known_name, value] : known) {
+    if (text == known_name) return value;
+  }
+  throw py::value_error("int8_gemm: activation is " + text +
+                        ", expected None, relu, gelu, gelu_tanh or silu");
+}
+
+void fill(Call& call, const Operands& from) {
   const char* op = "int8_gemm";
   call.b.struct_size = sizeof(call.b);
-  call.b.data = view_of(b, op, "b");
-  call.b.scale = view_of(sb, op, "sb");
-  if (!packed_shape.is_none()) {
+  call.b.data = view_of(from.b, op, "b");
+  call.b.scale = view_of(from.sb, op, "sb");
+  if (!from.packed_shape.is_none()) {
     call.b.layout = FASTQ_WEIGHT_PACKED;
-    call.b.k = py::cast<int64_t>(packed_shape[py::int_(0)]);
-    call.b.n = py::cast<int64_t>(packed_shape[py::int_(1)]);
+    call.b.k = py::cast<int64_t>(from.packed_shape[py::int_(0)]);
+    call.b.n = py::cast<int64_t>(from.packed_shape[py::int_(1)]);
   }
   call.args.struct_size = sizeof(call.args);
   call.args.b = &call.b;
-  call.args.a = view_of(a, op, "a");
-  call.args.scale_a = view_of(sa, op, "sa");
-  call.args.bias = view_of(bias, op, "bias");
-  call.args.out = view_of(out, op, "out");
-  call.args.stream = current_stream(call.args.a, a);
+  call.args.a = view_of(from.a, op, "a");
+  call.args.scale_a = view_of(from.sa, op, "sa");
+  call.args.bias = view_of(from.bias, op, "bias");
+  call.args.out = view_of(from.out, op, "out");
+  call.args.stream = current_stream(call.args.a, from.a);
+  if (!from.has_options) return;
+  call.b.column_sums = view_of(from.column_sums, op, "column_sums");
+  call.args.zero_point = view_of(from.zero_point, op, "zero_point");
+  call.args.residual = view_of(from.residual, op, "residual");
+  call.args.out_scale = view_of(from.out_scale, op, "out_scale");
+  call.args.activation = activation_of(from.activation);
 }
 
 // The workspace comes from torch's allocator, in the order of the current stream. The library asks
@@ -51,11 +81,10 @@ struct TorchWorkspace {
   }
 };
 
-void int8_gemm(py::handle a, py::handle b, py::handle sa, py::handle sb, py::handle bias,
-               py::handle out, py::handle packed_shape) {
+void run(const Operands& operands) {
   Call call;
-  fill(call, a, b, sa, sb, bias, out, packed_shape);
-  TorchWorkspace workspace{a, {}};
+  fill(call, operands);
+  TorchWorkspace workspace{operands.a, {}};
   call.args.allocate = &TorchWorkspace::allocate;
   call.args.allocate_context = &workspace;
   fastq_status status;
@@ -66,18 +95,58 @@ void int8_gemm(py::handle a, py::handle b, py::handle sa, py::handle sb, py::han
   check(status);
 }
 
-// int8_gemm_direct(a, b, sa, sb, bias, out, packed_shape) -> bool: runs the product and returns
-// True, or returns False where torch's dispatcher has to see the call. A plain C function:
-// pybind11's own call costs 0.3 us.
+void int8_gemm(py::handle a, py::handle b, py::handle sa, py::handle sb, py::handle bias,
+               py::handle out, py::handle packed_shape, py::handle residual, py::handle activation,
+               py::handle zero_point, py::handle column_sums, py::handle out_scale) {
+  run({a, b, sa, sb, bias, out, packed_shape, true, residual, activation, zero_point, column_sums,
+       out_scale});
+}
+
+// A new tensor for the product, or null where the arguments cannot have one: the caller's slower
+// path knows the error.
+py::object new_output(const Operands& from, py::handle out_dtype) {
+  const fastq_tensor a = view_of(from.a, "int8_gemm", "a"), b = view_of(from.b, "int8_gemm", "b");
+  fastq_dtype dtype = from.has_options && !from.out_scale.is_none() ? FASTQ_INT8 : FASTQ_BFLOAT16;
+  if (!out_dtype.is_none()) dtype = dtype_of(out_dtype);
+  const bool packed = !from.packed_shape.is_none();
+  if (a.rank < 2 || (!packed && b.rank != 2)) return {};
+  if (dtype == FASTQ_DTYPE_NONE || dtype == FASTQ_UINT8) return {};
+  int64_t sizes[FASTQ_MAX_RANK];
+  std::copy_n(a.sizes, a.rank, sizes);
+  sizes[a.rank - 1] = packed ? py::cast<int64_t>(from.packed_shape[py::int_(1)]) : b.sizes[1];
+  return sizes[a.rank - 1] < 0 ? py::object() : allocate(sizes, a.rank, dtype, from.a);
+}
+
+// int8_gemm_direct(a, b, sa, sb, bias, out, out_dtype, packed_shape[, residual, activation,
+// zero_point, column_sums, out_scale]) -> Tensor | None: runs the product and returns out, a new
+// one when it is None; or returns None where torch's dispatcher has to see the call. A plain C
+// function: pybind11's own call costs 0.3 us.
 PyObject* int8_gemm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr Py_ssize_t kPlain = 8, kWithOptions = 13;
   try {
-    if (count != 7) throw py::type_error("int8_gemm_direct takes 7 arguments");
-    const py::handle a = args[0], b = args[1], sa = args[2], sb = args[3], bias = args[4];
-    const py::handle out = args[5], packed_shape = args[6];
-    const py::handle tensors[] = {a, b, sa, sb, bias, out};
-    if (b.is_none() || out.is_none() || !is_direct(tensors, std::size(tensors))) Py_RETURN_FALSE;
-    int8_gemm(a, b, sa, sb, bias, out, packed_shape);
-    Py_RETURN_TRUE;
+    if (count != kPlain && count != kWithOptions) {
+      throw py::type_error("int8_gemm_direct takes 8 or 13 arguments");
+    }
+    Operands from{
+        args[0], args[1], args[2], args[3], args[4], args[5], args[7], count == kWithOptions,
+        {},      {},      {},      {},      {}};
+    if (from.has_options) {
+      from.residual = args[8], from.activation = args[9], from.zero_point = args[10];
+      from.column_sums = args[11], from.out_scale = args[12];
+    }
+    const py::handle tensors[] = {from.a,           from.b,        from.sa,       from.sb,
+                                  from.bias,        from.out,      from.residual, from.zero_point,
+                                  from.column_sums, from.out_scale};
+    if (from.b.is_none()) Py_RETURN_NONE;
+    if (!is_direct(tensors, from.has_options ? std::size(tensors) : 6)) Py_RETURN_NONE;
+    py::object out = py::reinterpret_borrow<py::object>(from.out);
+    if (out.is_none()) {
+      out = new_output(from, args[6]);
+      if (!out) Py_RETURN_NONE;
+      from.out = out;
+    }
+    run(from);
+    return out.release().ptr();
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const py::builtin_exception& error) {
@@ -89,9 +158,10 @@ PyObject* int8_gemm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 std::string int8_gemm_describe(py::handle a, py::handle b, py::handle sa, py::handle sb,
-                               py::handle bias, py::handle out, py::handle packed_shape) {
+                               py::handle out, py::handle packed_shape, py::handle out_scale) {
+  const py::none none;
   Call call;
-  fill(call, a, b, sa, sb, bias, out, packed_shape);
+  fill(call, {a, b, sa, sb, none, out, packed_shape, true, none, none, none, none, out_scale});
   char text[128];
   check(fastq_int8_gemm_describe(&call.args, text, sizeof(text)));
   return text;

@@ -125,10 +125,7 @@ fastq_tensor view_from_exchange(const dlpack::ExchangeApi& api, py::handle objec
 
 fastq_tensor view_from_attributes(py::handle object, const char* op, const char* name) {
   fastq_tensor view = {};
-  const py::object dtype = object.attr("dtype");
-  for (int i = FASTQ_FLOAT32; i <= FASTQ_UINT8; ++i) {
-    if (dtype.is(torch().dtypes[i])) view.dtype = i;
-  }
+  view.dtype = dtype_of(object.attr("dtype"));
   if (object.attr("is_cuda").ptr() == Py_True) {
     set_device(view, dlpack::kCUDA, py::cast<int>(object.attr("get_device")()), op, name, object);
   } else {
@@ -236,6 +233,23 @@ bool is_direct(const py::handle* tensors, size_t count) {
     if (!tensors[i].is_none() && is_true(tensors[i], requires_grad)) return false;
   }
   return true;
+}
+
+fastq_dtype dtype_of(py::handle torch_dtype) {
+  for (int i = FASTQ_FLOAT32; i <= FASTQ_UINT8; ++i) {
+    if (torch_dtype.is(torch().dtypes[i])) return static_cast<fastq_dtype>(i);
+  }
+  return FASTQ_DTYPE_NONE;
+}
+
+py::object allocate(const int64_t* sizes, int rank, fastq_dtype dtype, py::handle like) {
+  static PyObject* const device = PyUnicode_InternFromString("device");
+  static PyObject* const keywords = Py_BuildValue("(sO)", "dtype", device);
+  const py::tuple shape(rank);
+  for (int i = 0; i < rank; ++i) PyTuple_SET_ITEM(shape.ptr(), i, PyLong_FromLongLong(sizes[i]));
+  const py::object where = checked(PyObject_GetAttr(like.ptr(), device));
+  PyObject* const arguments[] = {shape.ptr(), torch().dtypes[dtype].ptr(), where.ptr()};
+  return checked(PyObject_Vectorcall(torch().empty.ptr(), arguments, 1, keywords));
 }
 
 py::object allocate(size_t bytes, py::handle like) {

@@ -22,6 +22,12 @@ void check(fastq_status status);
 // torch.empty(bytes, dtype=uint8) on the device of `like`.
 py::object allocate(size_t bytes, py::handle like);
 
+// torch.empty(sizes, dtype=dtype) on the device of `like`.
+py::object allocate(const int64_t* sizes, int rank, fastq_dtype dtype, py::handle like);
+
+// The fastq_dtype of a torch.dtype; FASTQ_DTYPE_NONE when there is none.
+fastq_dtype dtype_of(py::handle torch_dtype);
+
 // Whether a kernel may be called directly, past torch's dispatcher: each tensor is a plain
 // torch.Tensor (or None) that asks for no gradient, the first has memory, and no probe finds a
 // mode. The dispatcher costs as much as all the rest of a small call and does nothing for such a

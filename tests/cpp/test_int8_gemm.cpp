@@ -2,9 +2,12 @@
 // operand is a heap block of exactly its own size, so that the preset `asan` sees a read or write
 // one element too far, which the Python tests cannot.
 #include <algorithm>
+#include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -35,6 +38,18 @@ int8_t random_int8() {
 std::vector<int8_t> random_matrix(int64_t elements) {
   std::vector<int8_t> values(static_cast<size_t>(elements));
   for (int8_t& value : values) value = random_int8();
+  return values;
+}
+
+std::vector<float> random_floats(int64_t count, float unit) {
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = unit * static_cast<float>(random_int8());
+  return values;
+}
+
+std::vector<int32_t> random_ints(int64_t count) {
+  std::vector<int32_t> values(static_cast<size_t>(count));
+  for (int32_t& value : values) value = random_int8();
   return values;
 }
 
@@ -98,10 +113,8 @@ void run_with_allocator(fastq_int8_gemm_args args, size_t size, std::vector<Out>
 }
 
 template <class Out>
-void run(const fastq_tensor& a, const fastq_weight& b, const fastq_tensor& scale_a,
-         const fastq_tensor& bias, std::vector<Out>& out, const Case& c) {
-  const auto view = fastq::tensor_view(out.data(), {c.M, c.N});
-  const auto args = fastq::int8_gemm_args(a, b, scale_a, view, bias);
+void run(fastq_int8_gemm_args args, std::vector<Out>& out, const Case& c) {
+  args.out = fastq::tensor_view(out.data(), {c.M, c.N});
   const size_t size = fastq::int8_gemm_workspace_size(args);
   void* workspace = size > 0 ? std::aligned_alloc(256, (size + 255) / 256 * 256) : nullptr;
   fastq::int8_gemm(args, workspace, size);
@@ -125,20 +138,28 @@ void test_case(const Case& c, Layout layout, const std::string& about) {
   const auto a = random_matrix(c.M * c.K), b = random_matrix(c.K * c.N);
   const fastq_tensor view_a = fastq::tensor_view(a.data(), {c.M, c.K});
   const fastq_tensor view_b = operand_b(b, c, layout);
-  std::vector<float> scale_a(c.M), scale_b(c.N), bias(c.N);
-  for (float& s : scale_a) s = 1e-3f * static_cast<float>(random_int8());
-  for (float& s : scale_b) s = 1e-2f * static_cast<float>(random_int8());
-  for (float& s : bias) s = 0.1f * static_cast<float>(random_int8());
+  const auto scale_a = random_floats(c.M, 1e-3f), scale_b = random_floats(c.N, 1e-2f);
+  const auto bias = random_floats(c.N, 0.1f), residual = random_floats(c.M * c.N, 0.1f);
+  const auto zero_point = random_ints(c.M);
+  const float out_scale = 0.25f;
 
-  std::vector<int32_t> sums(c.M * c.N);
-  std::vector<float> scaled(c.M * c.N);
+  const int64_t size = c.M * c.N;
+  std::vector<int32_t> sums(size), shifted_sums(size), column_sums(c.N);
+  std::vector<float> scaled(size), finished(size);
+  std::vector<int8_t> quantized(size);
+  for (int64_t n = 0; n < c.N; ++n) {
+    for (int64_t k = 0; k < c.K; ++k) column_sums[n] += element(view_b, k, n);
+  }
   for (int64_t m = 0; m < c.M; ++m) {
     for (int64_t n = 0; n < c.N; ++n) {
-      int32_t sum = 0;
-      for (int64_t k = 0; k < c.K; ++k) sum += element(view_a, m, k) * element(view_b, k, n);
-      sums[m * c.N + n] = sum;
-      const float product = static_cast<float>(sum) * scale_a[m] * scale_b[n];
-      scaled[m * c.N + n] = product + bias[n];
+      const int64_t i = m * c.N + n;
+      for (int64_t k = 0; k < c.K; ++k) sums[i] += element(view_a, m, k) * element(view_b, k, n);
+      shifted_sums[i] = sums[i] - zero_point[m] * column_sums[n];
+      scaled[i] = static_cast<float>(sums[i]) * scale_a[m] * scale_b[n] + bias[n];
+      const float y = static_cast<float>(shifted_sums[i]) * scale_a[m] * scale_b[n] + bias[n];
+      finished[i] = (y < 0 ? 0.0f : y) + residual[i];
+      const float rounded = std::nearbyint(finished[i] / out_scale);
+      quantized[i] = static_cast<int8_t>(std::min(std::max(rounded, -127.0f), 127.0f));
     }
   }
 
@@ -151,15 +172,56 @@ void test_case(const Case& c, Layout layout, const std::string& about) {
     fastq::pack_weight(weight, view);
     weight = fastq::packed_weight(view, c.K, c.N);
   }
-  std::vector<int32_t> out_sums(c.M * c.N, INT32_MIN);
-  run(view_a, weight, {}, {}, out_sums, c);
+  std::vector<int32_t> out_sums(size, INT32_MIN);
+  std::vector<float> out_scaled(size, -1e30f);
+  std::vector<int8_t> out_quantized(size, 77);
+  run(fastq::int8_gemm_args(view_a, weight, {}, {}), out_sums, c);
   compare(out_sums, sums, about + " int32");
-
   weight.scale = fastq::tensor_view(scale_b.data(), {c.N});
-  std::vector<float> out_scaled(c.M * c.N, -1e30f);
-  run(view_a, weight, fastq::tensor_view(scale_a.data(), {c.M}),
-      fastq::tensor_view(bias.data(), {c.N}), out_scaled, c);
+  auto args = fastq::int8_gemm_args(view_a, weight, fastq::tensor_view(scale_a.data(), {c.M}), {},
+                                    fastq::tensor_view(bias.data(), {c.N}));
+  run(args, out_scaled, c);
   compare(out_scaled, scaled, about + " float32");
+
+  weight.column_sums = fastq::tensor_view(column_sums.data(), {c.N});
+  args.zero_point = fastq::tensor_view(zero_point.data(), {c.M});
+  args.activation = FASTQ_ACTIVATION_RELU;
+  args.residual = fastq::tensor_view(residual.data(), {c.M, c.N});
+  run(args, out_scaled, c);
+  compare(out_scaled, finished, about + " every option");
+  args.out_scale = fastq::tensor_view(&out_scale, {1});
+  run(args, out_quantized, c);
+  compare(out_quantized, quantized, about + " int8");
+  auto raw = fastq::int8_gemm_args(view_a, weight, {}, {});
+  weight.scale = {};
+  raw.zero_point = args.zero_point;
+  run(raw, out_sums, c);
+  compare(out_sums, shifted_sums, about + " int32 with a zero point");
+}
+
+// A struct that ends where fastq 0.1's did, in a heap block of that size.
+void test_older_structs() {
+  const int8_t a[2] = {3, -4}, b[2] = {5, 6};
+  int32_t out = 0;
+  const auto weight = fastq::weight(fastq::tensor_view(b, {2, 1}));
+  auto args = fastq::int8_gemm_args(fastq::tensor_view(a, {1, 2}), weight, {},
+                                    fastq::tensor_view(&out, {1, 1}));
+  constexpr size_t kArgs = offsetof(fastq_int8_gemm_args, zero_point);
+  constexpr size_t kWeight = offsetof(fastq_weight, column_sums);
+  auto* old_weight = static_cast<fastq_weight*>(std::malloc(kWeight));
+  auto* old_args = static_cast<fastq_int8_gemm_args*>(std::malloc(kArgs));
+  args.b = old_weight;
+  std::memcpy(static_cast<void*>(old_weight), &weight, kWeight);
+  std::memcpy(static_cast<void*>(old_args), &args, kArgs);
+  old_weight->struct_size = kWeight;
+  old_args->struct_size = kArgs;
+  fastq::check(fastq_int8_gemm(old_args));
+  if (out != -9) {
+    ++failures;
+    std::printf("older structs: %d, expected -9\n", out);
+  }
+  std::free(old_args);
+  std::free(old_weight);
 }
 
 }  // namespace
@@ -180,6 +242,7 @@ int main() try {
                       std::to_string(c.N) + "x" + std::to_string(c.K));
       }
     }
+    test_older_structs();
     std::printf("%s: done\n", name.c_str());
   }
   return failures == 0 ? 0 : 1;

@@ -46,6 +46,7 @@ class Weight(ctypes.Structure):
         ("k", ctypes.c_int64),
         ("n", ctypes.c_int64),
         ("group_size", ctypes.c_int64),
+        ("column_sums", Tensor),
     )
 
 
@@ -62,6 +63,11 @@ class GemmArgs(ctypes.Structure):
         ("allocate", ctypes.c_void_p),
         ("allocate_context", ctypes.c_void_p),
         ("stream", ctypes.c_void_p),
+        ("zero_point", Tensor),
+        ("residual", Tensor),
+        ("out_scale", Tensor),
+        ("activation", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     )
 
 

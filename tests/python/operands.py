@@ -40,6 +40,18 @@ def random_scales(*shape: int, device: torch.device, seed: int = 0) -> torch.Ten
     return (0.001 + torch.rand(shape, generator=generator(seed))).to(device)
 
 
+def random_floats(
+    *shape: int, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> torch.Tensor:
+    """Normal, standard deviation 10."""
+    return (10 * torch.randn(shape, generator=generator(seed))).to(dtype).to(device)
+
+
+def random_zero_points(*shape: int, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """int32, the range of int8."""
+    return random_int8(*shape, device=device, seed=seed).int()
+
+
 def random_gemm(
     M: int,
     N: int,

@@ -1,10 +1,12 @@
 """The oracle: every op in NumPy, each rounding spelled out, without a call into fastq.
 
 Results are compared bit by bit (two NaNs count as equal). Values of bfloat16 and float16 are held
-in float32, which holds each of them exactly.
+in float32, which holds each of them exactly. What follows an activation lies between two bounds.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -42,6 +44,38 @@ def _per_row(scale: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return scale.reshape(1) if scale.size == 1 else scale.reshape(*rows.shape[:-1], 1)
 
 
+def _quantize_output(y: np.ndarray, out_scale: torch.Tensor | float) -> np.ndarray:
+    ratio = y / np.float32(out_scale.item() if isinstance(out_scale, torch.Tensor) else out_scale)
+    assert ratio.dtype == np.float32
+    rounded = np.clip(np.rint(ratio), -127, 127)
+    return np.where(np.isnan(rounded), -128, rounded).astype(np.int8)
+
+
+def _scaled_sums(a, b, sa, sb, bias, zero_point, raw) -> np.ndarray:
+    """y before the activation, float32; the int32 sums themselves when `raw`."""
+    sums = int_matmul(to_numpy(a), to_numpy(b))
+    if zero_point is not None:
+        points = to_numpy(zero_point) if isinstance(zero_point, torch.Tensor) else zero_point
+        column_sums = to_numpy(b).astype(np.int64).sum(axis=0)
+        sums = sums - _per_row(np.asarray(points, np.int64), sums) * column_sums
+    assert np.abs(sums).max(initial=0) < 2**31
+    if raw:
+        return sums.astype(np.int32)
+    row_scale = np.asarray(to_numpy(sa) if isinstance(sa, torch.Tensor) else sa, np.float32)
+    column_scale = np.asarray(to_numpy(sb) if isinstance(sb, torch.Tensor) else sb, np.float32)
+    y = sums.astype(np.float32) * _per_row(row_scale, sums)
+    y = y * column_scale.reshape(-1)
+    return y if bias is None else y + to_numpy(bias).reshape(-1)
+
+
+def _finish(y: np.ndarray, residual, out_dtype, out_scale) -> np.ndarray:
+    """From the activated float32 y to the output; never decreasing in y where out_scale > 0."""
+    assert y.dtype == np.float32
+    if residual is not None:
+        y = y + to_numpy(residual)
+    return _quantize_output(y, out_scale) if out_dtype == torch.int8 else round_to(y, out_dtype)
+
+
 def int8_gemm(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -49,21 +83,61 @@ def int8_gemm(
     sb: torch.Tensor | float | None,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    zero_point: torch.Tensor | int | None = None,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    out_scale: torch.Tensor | float | None = None,
 ) -> np.ndarray:
-    """a (..., M, K), b (K, N) int8 -> (..., M, N), as fastq.int8_gemm documents it."""
-    sums = int_matmul(to_numpy(a), to_numpy(b))
-    if out_dtype == torch.int32:
-        assert np.abs(sums).max(initial=0) < 2**31
-        return sums.astype(np.int32)
-    row_scale = np.asarray(to_numpy(sa) if isinstance(sa, torch.Tensor) else sa, np.float32)
-    column_scale = np.asarray(to_numpy(sb) if isinstance(sb, torch.Tensor) else sb, np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        result = sums.astype(np.float32) * _per_row(row_scale, sums)
-        result = result * column_scale.reshape(-1)
-        if bias is not None:
-            result = result + to_numpy(bias).reshape(-1)
-    assert result.dtype == np.float32
-    return round_to(result, out_dtype)
+    """a (..., M, K), b (K, N) int8 -> (..., M, N), as fastq.int8_gemm documents it.
+
+    No activation but relu: the others have no exact result.
+    """
+    assert activation in (None, "relu")
+    with np.errstate(all="ignore"):
+        y = _scaled_sums(a, b, sa, sb, bias, zero_point, out_dtype == torch.int32)
+        if out_dtype == torch.int32:
+            return y
+        if activation == "relu":
+            y = np.where(y < 0, np.float32(0), y)
+        return _finish(y, residual, out_dtype, out_scale)
+
+
+def activate(y: np.ndarray, activation: str) -> np.ndarray:
+    """The formula in float64, without its cancellations: each result to nearly all its digits."""
+    y = y.astype(np.float64)
+    if activation == "gelu":
+        phi = np.array([math.erfc(-v / math.sqrt(2)) / 2 for v in y.ravel()]).reshape(y.shape)
+    else:
+        inner = np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)
+        exponent = {"silu": y, "gelu_tanh": 2 * inner}[activation]
+        small = np.exp(-np.abs(exponent))
+        phi = np.where(exponent < 0, small, 1) / (1 + small)
+    return np.where(y == -np.inf, 0, y * phi)
+
+
+def int8_gemm_bounds(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    sa: torch.Tensor | float,
+    sb: torch.Tensor | float,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    zero_point: torch.Tensor | int | None = None,
+    activation: str,
+    residual: torch.Tensor | None = None,
+    out_scale: torch.Tensor | float | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What int8_gemm must give at least and at most: the activation has a relative error of 1e-6,
+    everything after it rounds and so keeps the order of its inputs."""
+    with np.errstate(all="ignore"):
+        y = activate(_scaled_sums(a, b, sa, sb, bias, zero_point, False), activation)
+        slack = np.where(np.isfinite(y), 1e-6 * np.abs(y), 0)
+        low = np.nextafter((y - slack).astype(np.float32), np.float32(-np.inf))
+        high = np.nextafter((y + slack).astype(np.float32), np.float32(np.inf))
+        low = np.where(y == np.inf, np.float32(np.inf), low)
+        return tuple(_finish(bound, residual, out_dtype, out_scale) for bound in (low, high))
 
 
 def quantize(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -105,4 +179,19 @@ def assert_same(got: torch.Tensor, expected: np.ndarray) -> None:
         raise AssertionError(
             f"{int(differ.sum())} of {differ.size} elements differ, the first at {at}: "
             f"got {found[at]!r}, expected {expected[at]!r}"
+        )
+
+
+def assert_between(got: torch.Tensor, bounds: tuple[np.ndarray, np.ndarray]) -> None:
+    """low <= got <= high, and NaN exactly where they are."""
+    low, high = bounds
+    found = to_numpy(got)
+    assert found.shape == low.shape
+    assert found.dtype == low.dtype
+    outside = (found < low) | (found > high) | (np.isnan(found) != np.isnan(low))
+    if outside.any():
+        at = tuple(int(i) for i in np.argwhere(outside)[0])
+        raise AssertionError(
+            f"{int(outside.sum())} of {outside.size} elements are out of bounds, the first at "
+            f"{at}: got {found[at]!r}, expected {low[at]!r} to {high[at]!r}"
         )

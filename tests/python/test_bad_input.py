@@ -13,7 +13,7 @@ import fastq
 from operands import random_gemm, random_int8
 
 SENTINEL = -77
-DTYPES = "bfloat16 or float16 or float32 or int32"
+DTYPES = "bfloat16 or float16 or float32 or int32 or int8"
 
 
 def gemm_arguments(device):
@@ -25,6 +25,10 @@ def gemm_arguments(device):
         "sa": sa.view(2, 4, 1),
         "sb": sb,
         "bias": torch.ones(8, device=device),
+        "residual": torch.ones(2, 4, 8, device=device),
+        "activation": "silu",
+        "zero_point": torch.ones(2, 4, 1, dtype=torch.int32, device=device),
+        "column_sums": b.sum(0, dtype=torch.int32),
         "out": torch.full((2, 4, 8), float(SENTINEL), device=device),
     }
 
@@ -35,6 +39,11 @@ def same_memory(x, shape, dtype):
     for size in shape:
         count *= size
     return x.view(-1).view(dtype)[:count].view(shape)
+
+
+def int8_out(g, **changes):
+    """The change of `g` to an int8 output, in the same memory."""
+    return {"out": same_memory(g["out"], (2, 4, 8), torch.int8), "out_scale": 0.5, **changes}
 
 
 def test_the_good_call_is_good(device):
@@ -50,6 +59,12 @@ def cases(type_errors, value_errors):
         for error, table in ((TypeError, type_errors), (ValueError, value_errors))
         for message, change in table.items()
     ]
+
+
+def raw_sums(g, **changes):
+    """The change of `g` to an int32 output, in the same memory, and to no more options."""
+    absent = dict.fromkeys(("sa", "sb", "bias", "residual", "activation"))
+    return {"out": same_memory(g["out"], (2, 4, 8), torch.int32), **absent, **changes}
 
 
 GEMM_TYPE_ERRORS = {
@@ -69,26 +84,60 @@ GEMM_TYPE_ERRORS = {
     "bias has dtype float16, expected float32": lambda g: {"bias": g["bias"].half()},
     "sa has dtype none, expected float32": lambda g: {"sa": None},
     "sb has dtype none, expected float32": lambda g: {"sb": None},
-    f"out has dtype int8, expected {DTYPES}": lambda g: {"out": g["out"].char()},
+    f"out has dtype uint8, expected {DTYPES}": lambda g: {"out": g["out"].byte()},
     "out has dtype torch.float32, expected out_dtype = torch.bfloat16": lambda g: {
         "out_dtype": torch.bfloat16
     },
-    "out_dtype is torch.int8, expected one of bfloat16, float16, float32, int32": lambda g: {
+    "out_dtype is torch.uint8, expected one of bfloat16, float16, float32, int32, int8": lambda g: {
         "out": None,
-        "out_dtype": torch.int8,
+        "out_dtype": torch.uint8,
+    },
+    "residual is a float, expected a torch.Tensor": lambda g: {"residual": 1.0},
+    "residual has dtype int8, expected float32 or float16 or bfloat16": lambda g: {
+        "residual": g["residual"].char()
+    },
+    "residual has dtype float64, expected": lambda g: {"residual": g["residual"].double()},
+    "zero_point is a float, expected a torch.Tensor": lambda g: {"zero_point": 1.0},
+    "zero_point has dtype int64, expected": lambda g: {"zero_point": g["zero_point"].long()},
+    "zero_point has dtype int8, expected int32": lambda g: {"zero_point": g["zero_point"].char()},
+    "column_sums is a list, expected a torch.Tensor": lambda g: {"column_sums": [1]},
+    "column_sums has dtype float32, expected int32": lambda g: {
+        "column_sums": g["column_sums"].float()
+    },
+    "out_scale is a str, expected a torch.Tensor": lambda g: int8_out(g, out_scale="1"),
+    "out_scale has dtype float16, expected float32": lambda g: int8_out(
+        g, out_scale=g["sa"][0, 0].half()
+    ),
+    "bias has dtype bfloat16, expected float32": lambda g: int8_out(g, bias=g["bias"].bfloat16()),
+    "activation is a builtin_function_or_method, expected None or one of relu, gelu": lambda g: {
+        "activation": torch.relu
     },
 }
 GEMM_VALUE_ERRORS = {
-    "sa must be absent when out is int32": lambda g: {
-        "out": same_memory(g["out"], (2, 4, 8), torch.int32),
-        "sb": None,
-        "bias": None,
+    "sa must be absent when out is int32": lambda g: raw_sums(g, sa=g["sa"]),
+    "bias must be absent when out is int32": lambda g: raw_sums(g, bias=g["bias"]),
+    "residual must be absent when out is int32": lambda g: raw_sums(g, residual=g["residual"]),
+    "activation must be absent when out is int32": lambda g: raw_sums(g, activation="relu"),
+    "out_scale must be absent when out is int32": lambda g: raw_sums(g, out_scale=0.5),
+    "out_scale is missing; an int8 out needs it": lambda g: int8_out(g, out_scale=None),
+    "out_scale belongs to an int8 out, but out is float32": lambda g: {"out_scale": 0.5},
+    "out_scale has shape (2,), expected one element": lambda g: int8_out(
+        g, out_scale=g["bias"][:2]
+    ),
+    "activation is 'swish', expected None or one of relu, gelu, gelu_tanh, silu": lambda g: {
+        "activation": "swish"
     },
-    "bias must be absent when out is int32": lambda g: {
-        "out": same_memory(g["out"], (2, 4, 8), torch.int32),
-        "sb": None,
-        "sa": None,
+    "residual has shape (8, 8), expected (2, 4, 8) as out has": lambda g: {
+        "residual": g["residual"].view(8, 8)
     },
+    "residual has shape (2, 4, 7), expected": lambda g: {"residual": g["residual"][..., :7]},
+    "zero_point has shape (7,), expected a scalar": lambda g: {
+        "zero_point": g["zero_point"].view(-1)[:7]
+    },
+    "column_sums has shape (7,), expected (8,) or (1, 8) with N = 8": lambda g: {
+        "column_sums": g["column_sums"][:7]
+    },
+    "column_sums has shape (), expected (8,)": lambda g: {"column_sums": g["column_sums"][0]},
     "a has shape (16,)": lambda g: {"a": g["a"][0, 0]},
     "a has rank 9": lambda g: {"a": g["a"].view(2, 1, 1, 1, 1, 1, 1, 4, 16)},
     "b has shape (16,)": lambda g: {"b": g["b"][:, 0]},
@@ -120,6 +169,20 @@ GEMM_VALUE_ERRORS = {
     "out overlaps sb in memory": lambda g: {"sb": g["out"].view(-1)[-8:]},
     "out overlaps a in memory": lambda g: {"a": same_memory(g["out"], (2, 4, 16), torch.int8)},
     "out overlaps b in memory": lambda g: {"b": same_memory(g["out"], (16, 8), torch.int8)},
+    "out overlaps zero_point in memory": lambda g: {
+        "zero_point": same_memory(g["out"], (8,), torch.int32)
+    },
+    "out overlaps column_sums in memory": lambda g: {
+        "column_sums": same_memory(g["out"], (8,), torch.int32)
+    },
+    "out overlaps out_scale in memory": lambda g: int8_out(g, out_scale=g["out"][0, 0, 0]),
+    "out overlaps residual in memory; residual may be out itself": lambda g: {
+        "residual": same_memory(g["out"], (2, 4, 8), torch.bfloat16)
+    },
+    "out overlaps residual in memory; residual may": lambda g: {
+        "residual": g["out"].as_strided((2, 4, 8), (32, 1, 4))
+    },
+    "out overlaps residual in memory": lambda g: {"residual": g["out"][:1].expand(2, 4, 8)},
 }
 
 
@@ -144,7 +207,35 @@ def test_k_past_the_limit_of_int32(device):
     assert (out == SENTINEL).all()
 
 
-@pytest.mark.parametrize("name", ["sa", "sb", "bias", "out"])
+def test_k_past_the_limit_with_a_zero_point(device):
+    a = torch.zeros(1, 65536, dtype=torch.int8, device=device)
+    out = torch.full((1, 3), float(SENTINEL), device=device)
+    message = "int8_gemm: K = 65536, expected at most 65535 with zero_point"
+    with pytest.raises(ValueError, match=message):
+        fastq.int8_gemm(a, a.expand(3, -1).t(), 1.0, 1.0, zero_point=1, out=out)
+    assert (out == SENTINEL).all()
+    fastq.int8_gemm(a, a.expand(3, -1).t(), 1.0, 1.0, out=out)
+    assert (out == 0).all()
+
+
+def test_a_packed_weight_needs_its_column_sums():
+    a, b, sa, sb = random_gemm(8, 8, 16, device=torch.device("cpu"))
+    packed, out = fastq.pack_weight(b), torch.full((8, 8), float(SENTINEL))
+    message = "zero_point needs column_sums where b is a PackedWeight; pass column_sums = b.sum(0"
+    with pytest.raises(ValueError, match=re.escape(f"int8_gemm: {message}")):
+        fastq.int8_gemm(a, packed, sa, sb, zero_point=1, out=out)
+    assert (out == SENTINEL).all()
+
+
+def test_int8_output_wants_a_scale_with_out_dtype_too(device):
+    a, b, sa, sb = random_gemm(8, 8, 16, device=device)
+    with pytest.raises(ValueError, match="int8_gemm: out_scale is missing; an int8 out needs it"):
+        fastq.int8_gemm(a, b, sa, sb, out_dtype=torch.int8)
+    with pytest.raises(ValueError, match="out_scale belongs to an int8 out, but out is float16"):
+        fastq.int8_gemm(a, b, sa, sb, out_dtype=torch.float16, out_scale=0.5)
+
+
+@pytest.mark.parametrize("name", ["sa", "sb", "bias", "residual", "out"])
 def test_requires_grad_is_refused_while_grad_is_enabled(device, name):
     kwargs = gemm_arguments(device)
     kwargs[name].requires_grad_()
@@ -278,7 +369,9 @@ def test_a_packed_weight_that_is_none():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", ["b", "sa", "sb", "bias", "out"])
+@pytest.mark.parametrize(
+    "name", ["b", "sa", "sb", "bias", "residual", "zero_point", "column_sums", "out"]
+)
 def test_mixed_devices(name):
     kwargs = gemm_arguments(torch.device("cuda"))
     kwargs[name] = kwargs[name].cpu()

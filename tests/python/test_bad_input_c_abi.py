@@ -121,6 +121,8 @@ def test_malformed_structs():
             "out is on an unknown device type 7",
         ),
         (set_field("weight", "layout", 5), c_abi.INVALID_VALUE, "b has an unknown layout 5"),
+        (set_field("args", "activation", 5), c_abi.INVALID_VALUE, "activation is 5, expected"),
+        (set_field("args", "activation", -1), c_abi.INVALID_VALUE, "activation is -1, expected"),
         (set_field("weight", "group_size", 64), c_abi.NOT_IMPLEMENTED, "b.group_size other than 0"),
     ]
     for change, status, message in cases:
@@ -130,6 +132,92 @@ def test_malformed_structs():
         assert c_abi.last_error().startswith("int8_gemm: ")
         assert message in c_abi.last_error()
         assert (out == SENTINEL).all()
+
+
+def in_longer_memory(struct, size, tail):
+    """The struct's first `size` bytes, then `tail`, as a pointer to its type, and the memory."""
+    memory = ctypes.create_string_buffer(ctypes.string_at(ctypes.addressof(struct), size) + tail)
+    ctypes.cast(memory, ctypes.POINTER(ctypes.c_size_t))[0] = size
+    return ctypes.cast(memory, ctypes.POINTER(type(struct))), memory
+
+
+def test_structs_of_an_older_header():
+    """Programs built against fastq 0.1 pass shorter structs; what lies behind them is not read."""
+    args, weight, out, _owners = c_gemm()
+    assert call_gemm(args) == 0
+    expected = out.clone()
+    out.fill_(SENTINEL)
+    junk = b"\xff" * 1000
+    old_weight, _weight = in_longer_memory(weight, c_abi.Weight.column_sums.offset, junk)
+    args.b = old_weight
+    old_args, _args = in_longer_memory(args, c_abi.GemmArgs.zero_point.offset, junk)
+    text = ctypes.create_string_buffer(128)
+    library = c_abi.library
+    assert library.fastq_int8_gemm_describe(old_args, text, ctypes.c_size_t(128)) == 0
+    assert library.fastq_int8_gemm(old_args) == 0
+    assert torch.equal(out, expected)
+    size = ctypes.c_size_t()
+    assert library.fastq_pack_weight_size(old_weight, ctypes.byref(size)) == 0
+    packed = torch.zeros(size.value + 64, dtype=torch.uint8)
+    packed = packed[-packed.data_ptr() % 64 :][: size.value]
+    view = c_abi.view(packed)
+    assert library.fastq_pack_weight(old_weight, ctypes.byref(view)) == 0
+    # One byte less was never the size of the struct.
+    least = old_args.contents.struct_size
+    old_args.contents.struct_size = least - 1
+    assert library.fastq_int8_gemm(old_args) == c_abi.INVALID_VALUE
+    assert f"struct_size is {least - 1}, expected at least {least}" in c_abi.last_error()
+
+
+def test_structs_of_a_newer_header():
+    """Longer structs are taken as long as nothing unknown is set."""
+    args, weight, out, _owners = c_gemm()
+    for target, status in ((b"\0" * 64, 0), (b"\0" * 63 + b"\1", c_abi.NOT_IMPLEMENTED)):
+        for grown in ("args", "weight"):
+            out.fill_(SENTINEL)
+            args.b = ctypes.pointer(weight)
+            struct = args if grown == "args" else weight
+            longer, _memory = in_longer_memory(struct, ctypes.sizeof(struct), target)
+            longer.contents.struct_size += len(target)
+            if grown == "weight":
+                args.b = longer
+            pointer = longer if grown == "args" else ctypes.byref(args)
+            assert c_abi.library.fastq_int8_gemm(pointer) == status
+            if status != 0:
+                assert "is set; the program needs a newer libfastq" in c_abi.last_error()
+                assert (out == SENTINEL).all()
+            else:
+                assert (out != SENTINEL).all()
+    args.struct_size = 1 << 40
+    args.b = ctypes.pointer(weight)
+    assert call_gemm(args) == c_abi.INVALID_VALUE
+    assert "struct_size is 1099511627776, expected at most 65536" in c_abi.last_error()
+
+
+def test_every_option_through_the_c_abi():
+    args, weight, out, (a, b, sa, sb) = c_gemm()
+    sums, points = b.sum(0, dtype=torch.int32), torch.arange(4, dtype=torch.int32)
+    residual = torch.randn(4, 8, dtype=torch.float32).half()
+    weight.column_sums = c_abi.view(sums)
+    args.zero_point, args.residual = c_abi.view(points), c_abi.view(residual)
+    names = [None, "relu", "gelu", "gelu_tanh", "silu"]
+    for args.activation, name in enumerate(names):
+        assert call_gemm(args) == 0
+        expected = fastq.int8_gemm(
+            *(a, b, sa, sb),
+            zero_point=points,
+            residual=residual,
+            activation=name,
+            out_dtype=torch.float32,
+        )
+        assert torch.equal(out, expected)
+    q, out_scale = torch.zeros(4, 8, dtype=torch.int8), torch.tensor(0.5)
+    args.out, args.out_scale = c_abi.view(q), c_abi.view(out_scale)
+    assert call_gemm(args) == 0
+    assert torch.equal(q, (expected / 0.5).round().clamp(-127, 127).char())
+    weight.column_sums = c_abi.Tensor()
+    assert call_gemm(args) == c_abi.INVALID_VALUE
+    assert "zero_point needs column_sums, the int32 sums of b over K" in c_abi.last_error()
 
 
 def test_negative_sizes_and_strides():

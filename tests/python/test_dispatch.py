@@ -7,7 +7,15 @@ import torch
 
 import fastq
 import reference
-from operands import LAYOUTS, OUT_DTYPES, in_layout, random_gemm, random_scales
+from operands import (
+    LAYOUTS,
+    OUT_DTYPES,
+    in_layout,
+    random_floats,
+    random_gemm,
+    random_scales,
+    random_zero_points,
+)
 
 CPU = torch.device("cpu")
 ISAS = fastq.describe()["cpu"]["available"]
@@ -33,6 +41,53 @@ def test_int8_gemm_on_every_instruction_set(isa, shape, monkeypatch):
             got = fastq.int8_gemm(x, y, sa, sb, bias=bias, out_dtype=out_dtype)
             reference.assert_same(got, expected)
     assert fastq.describe_int8_gemm(a, b).startswith(f"cpu/{isa}/")
+
+
+@pytest.mark.parametrize("shape", [(1, 130, 257), (17, 17, 65), (130, 140, 190)], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_options_have_the_same_bits_on_every_instruction_set(out_dtype, shape, monkeypatch):
+    M, N, K = shape
+    a, b, sa, sb = random_gemm(M, N, K, device=CPU)
+    options = {
+        "bias": random_floats(N, device=CPU),
+        "residual": random_floats(M, N, device=CPU, dtype=torch.float16),
+        "zero_point": random_zero_points(M, device=CPU),
+        "out_scale": 0.04 if out_dtype == torch.int8 else None,
+    }
+    sb = sb * (1e-3 / K**0.5)
+    packed, sums = fastq.pack_weight(b), b.sum(0, dtype=torch.int32)
+    for activation in (None, "relu", "gelu", "gelu_tanh", "silu"):
+        results = []
+        for isa in ISAS:
+            monkeypatch.setenv("FASTQ_CPU_ISA", isa)
+            for weight in (b, b.contiguous(), packed):
+                extra = {**options, "activation": activation, "column_sums": sums}
+                got = fastq.int8_gemm(a, weight, sa, sb, out_dtype=out_dtype, **extra)
+                results.append(got)
+        assert all(torch.equal(got, results[0]) for got in results)
+        arguments = {**options, "activation": activation, "out_dtype": out_dtype}
+        if activation in (None, "relu"):
+            reference.assert_same(results[0], reference.int8_gemm(a, b, sa, sb, **arguments))
+        else:
+            bounds = reference.int8_gemm_bounds(a, b, sa, sb, **arguments)
+            reference.assert_between(results[0], bounds)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_activations_of_every_magnitude_on_every_instruction_set(isa, monkeypatch):
+    """Inf, NaN and subnormals too: the vector code of each set is its own."""
+    monkeypatch.setenv("FASTQ_CPU_ISA", isa)
+    positive = 2.0 ** torch.linspace(-149, 127.99, 5003, dtype=torch.float64)
+    values = torch.cat([positive.float(), torch.tensor([0.0, torch.inf, torch.nan])])
+    values = torch.cat([values, -values])
+    one = torch.ones(1, 1, dtype=torch.int8)
+    product = (one, one.expand(1, values.numel()), 1.0, values)
+    for activation in ("gelu", "gelu_tanh", "silu"):
+        got = fastq.int8_gemm(*product, activation=activation, out_dtype=torch.float32)
+        bounds = reference.int8_gemm_bounds(
+            *product, activation=activation, out_dtype=torch.float32
+        )
+        reference.assert_between(got, bounds)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -197,3 +252,5 @@ def test_log_of_the_dispatch(device, monkeypatch, capfd):
     logged = capfd.readouterr().err
     assert "int8_gemm M=3 N=8 K=16 float32" in logged
     assert fastq.describe_int8_gemm(a, b, out_dtype=torch.float32) in logged
+    fastq.int8_gemm(a, b, sa, sb, zero_point=3, activation="silu", out_scale=0.1)
+    assert "K=16 int8+zero_point+silu -> " in capfd.readouterr().err

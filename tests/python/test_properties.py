@@ -7,7 +7,16 @@ import torch
 
 import fastq
 import reference
-from operands import FLOAT_DTYPES, LAYOUTS, OUT_DTYPES, in_layout, random_int8, random_scales
+from operands import (
+    FLOAT_DTYPES,
+    LAYOUTS,
+    OUT_DTYPES,
+    in_layout,
+    random_floats,
+    random_int8,
+    random_scales,
+    random_zero_points,
+)
 
 hypothesis = pytest.importorskip("hypothesis")
 strategies = pytest.importorskip("hypothesis.strategies")
@@ -52,6 +61,52 @@ def test_int8_gemm(device, M, N, K, out_dtype, layout, scalar, bias_dtype, packe
     weight = fastq.pack_weight(b) if packed and device.type == "cpu" else b
     got = fastq.int8_gemm(a, weight, sa, sb, bias=bias, out=out)
     reference.assert_same(got, reference.int8_gemm(a, b, sa, sb, bias, out_dtype))
+
+
+@settings
+@hypothesis.given(
+    M=sizes,
+    N=sizes,
+    K=sizes,
+    out_dtype=strategies.sampled_from((*FLOAT_DTYPES, torch.int8)),
+    layout=strategies.tuples(layouts, layouts),
+    activation=strategies.sampled_from([None, "relu", "gelu", "gelu_tanh", "silu"]),
+    zero_point=strategies.sampled_from([None, "scalar", "rows"]),
+    residual=strategies.sampled_from([None, "out", *FLOAT_DTYPES]),
+    has_bias=strategies.booleans(),
+    packed=strategies.booleans(),
+    seed=seeds,
+)
+def test_options_of_int8_gemm(
+    device, M, N, K, out_dtype, layout, activation, zero_point, residual, has_bias, packed, seed
+):
+    a, b = random_int8(M, K, device=device, seed=seed), random_int8(K, N, device=device, seed=seed)
+    sa = random_scales(M, 1, device=device, seed=seed)
+    sb = random_scales(N, device=device, seed=seed + 1) * (1e-3 / max(K, 1) ** 0.5)
+    out = in_layout(torch.zeros(M, N, dtype=out_dtype, device=device), layout[0])
+    options = {"activation": activation, "out_scale": 0.05 if out_dtype == torch.int8 else None}
+    if has_bias:
+        options["bias"] = random_floats(N, device=device, seed=seed)
+    if zero_point is not None:
+        shape = () if zero_point == "scalar" else (M,)
+        options["zero_point"] = random_zero_points(*shape, device=device, seed=seed)
+    if residual == "out" and out_dtype != torch.int8:
+        out.copy_(random_floats(M, N, device=device, seed=seed))
+        options["residual"] = out
+    elif residual not in (None, "out"):
+        values = random_floats(M, N, device=device, dtype=residual, seed=seed)
+        options["residual"] = in_layout(values, layout[1])
+    before = {k: v.clone() if torch.is_tensor(v) else v for k, v in options.items()}
+    weight, sums = b, None
+    if packed and device.type == "cpu":
+        weight, sums = fastq.pack_weight(b), b.sum(0, dtype=torch.int32)
+    got = fastq.int8_gemm(a, weight, sa, sb, out=out, column_sums=sums, **options)
+    if activation in (None, "relu"):
+        expected = reference.int8_gemm(a, b, sa, sb, out_dtype=out_dtype, **before)
+        reference.assert_same(got, expected)
+    else:
+        bounds = reference.int8_gemm_bounds(a, b, sa, sb, out_dtype=out_dtype, **before)
+        reference.assert_between(got, bounds)
 
 
 @settings

@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastq
 import reference
-from operands import FLOAT_DTYPES, OUT_DTYPES, random_gemm, random_scales
+from operands import (
+    FLOAT_DTYPES,
+    OUT_DTYPES,
+    random_floats,
+    random_gemm,
+    random_scales,
+    random_zero_points,
+)
 
 OPS = torch.ops.fastq
 
@@ -24,6 +31,12 @@ def gemm_samples(device):
     yield a, b.contiguous(), sa, sb, bias, torch.float32, None
     yield a.view(2, 3, 16), b, sa.view(2, 3, 1), sb, bias.half(), torch.float16, None
     yield a, b, None, None, None, torch.int32, None
+    residual, points = random_floats(6, 8, device=device), random_zero_points(6, device=device)
+    sums, out_scale = b.sum(0, dtype=torch.int32), torch.tensor([9.0], device=device)
+    options = (residual, "gelu", points, sums)
+    yield a, b, sa, sb, bias, torch.float32, None, *options, None
+    yield a, b, sa, sb, bias, torch.int8, None, *options, out_scale
+    yield a, b, sa, sb, None, torch.bfloat16, None, None, "relu"
     if device.type == "cpu":
         packed = fastq.pack_weight(b)
         yield a, packed.data, sa, sb, bias, torch.float32, packed.shape
@@ -35,9 +48,10 @@ def test_opcheck_int8_gemm(device):
 
 
 def test_opcheck_int8_gemm_out(device):
-    for a, b, sa, sb, bias, out_dtype, packed_shape in gemm_samples(device):
+    for a, b, sa, sb, bias, out_dtype, packed_shape, *options in gemm_samples(device):
         out = torch.zeros(*a.shape[:-1], 8, dtype=out_dtype, device=device)
-        torch.library.opcheck(OPS.int8_gemm.out, (a, b, sa, sb, bias, packed_shape), {"out": out})
+        arguments = (a, b, sa, sb, bias, packed_shape, out, *options)
+        torch.library.opcheck(OPS.int8_gemm.out, arguments)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -66,6 +80,13 @@ def compiler():
         function, backend="aot_eager", fullgraph=True, **kwargs
     )
     torch._dynamo.reset()
+
+
+def skip_without_inductor(device):
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        pytest.skip("torch's inductor needs a C++ compiler, and this machine has none")
+    if device.type == "cuda":
+        pytest.importorskip("triton")
 
 
 def linear_inputs(device, rows):
@@ -102,6 +123,47 @@ def test_compile_writes_to_out(device, compiler):
     assert torch.equal(got, expected + 1)
 
 
+def layer_with_options(q, qw, s, sw, residual):
+    """Every option of the product, once with its output quantised."""
+    h = fastq.int8_gemm(q, qw.t(), s, sw, zero_point=3, activation="gelu", out_scale=0.5)
+    y = fastq.int8_gemm(
+        q, qw.t(), s, sw, activation="silu", residual=residual, out_dtype=torch.float32
+    )
+    return y + h
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_with_options(device, compiler, dynamic):
+    compiled = compiler(layer_with_options, dynamic=dynamic)
+    for rows in (4, 5, 17):
+        x, qw, sw, _ = linear_inputs(device, rows)
+        inputs = (*fastq.quantize_per_token(x), random_floats(rows, 24, device=device))
+        inputs = (inputs[0], qw, inputs[1], sw, inputs[2])
+        assert torch.equal(compiled(*inputs), layer_with_options(*inputs))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_accumulates_in_place(device, backend):
+    """residual and out are one tensor, which the compiler may give other memory."""
+    if backend == "inductor":
+        skip_without_inductor(device)
+
+    def accumulate(a, b, sa, sb, x):
+        y = x * 2
+        fastq.int8_gemm(a, b, sa, sb, residual=y, out=y)
+        fastq.int8_gemm(a, b, sa, sb, residual=x, out=x, activation="relu")
+        return y + x
+
+    torch._dynamo.reset()
+    problem, x = random_gemm(6, 8, 16, device=device), random_floats(6, 8, device=device)
+    expected_x = x.clone()
+    expected = accumulate(*problem, expected_x)
+    got = torch.compile(accumulate, backend=backend, fullgraph=True)(*problem, x)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(x, expected_x)
+    torch._dynamo.reset()
+
+
 def test_compile_takes_python_scales_and_packed_weights(compiler):
     a, b, _, _ = random_gemm(6, 8, 16, device=torch.device("cpu"))
     packed = fastq.pack_weight(b)
@@ -114,10 +176,7 @@ def test_compile_takes_python_scales_and_packed_weights(compiler):
 
 def test_compile_with_inductor(device):
     """The default backend; on a GPU with CUDA graphs."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        pytest.skip("torch's inductor needs a C++ compiler, and this machine has none")
-    if device.type == "cuda":
-        pytest.importorskip("triton")
+    skip_without_inductor(device)
     torch._dynamo.reset()
     inputs = linear_inputs(device, 7)
     mode = "reduce-overhead" if device.type == "cuda" else "default"
@@ -139,6 +198,8 @@ def test_shapes_without_data(fake, out_dtype):
         scale = None if out_dtype == torch.int32 else torch.empty((), device=device)
         y = fastq.int8_gemm(a, b, scale, scale, out_dtype=out_dtype)
         assert (y.shape, y.dtype, y.device) == ((2, 5, 24), out_dtype, device)
+        y = fastq.int8_gemm(a, b, 0.5, 0.5, zero_point=7, activation="silu", out_scale=0.5)
+        assert (y.shape, y.dtype, y.device) == ((2, 5, 24), torch.int8, device)
         q, s = fastq.quantize_per_token(x)
         assert (q.shape, q.dtype, s.shape, s.dtype) == (
             x.shape,

@@ -4,6 +4,8 @@
  * fastq_last_error(). Ops never allocate: the caller passes `out` and a workspace whose size the
  * op tells. Argument structs begin with their own size (`struct_size = sizeof(...)`), so that they
  * can grow without breaking a program that was built against an older header: zero-initialise them.
+ * A shorter struct of an older header lacks the newer fields, and they count as zero (absent). A
+ * longer one of a newer header is taken as long as everything this library does not know is zero.
  */
 #ifndef FASTQ_FASTQ_H_
 #define FASTQ_FASTQ_H_
@@ -78,13 +80,29 @@ FASTQ_API fastq_status fastq_set_num_threads(int32_t num_threads);
 FASTQ_API fastq_status fastq_get_num_threads(int32_t* num_threads);
 
 /* ---- int8_gemm -------------------------------------------------------------------------------
- * out[m,n] = round_to(out.dtype, (f32(sum_k a[m,k] * b[k,n]) * scale_a[m]) * scale_b[n] + bias[n])
+ * acc      = sum_k a[m,k] * b[k,n]  - zero_point[m] * b.column_sums[n]
+ * y        = (f32(acc) * scale_a[m]) * scale_b[n]  + bias[n]
+ * y        = activation(y)  + f32(residual[m,n])
+ * out[m,n] = round_to(out.dtype, y)
+ *          | clamp(round_half_even(y / out_scale), -127, 127)   for int8
  *
- * The integer sum is exact in int32; scales and bias are applied in float32 in this order, each
- * operation rounded to nearest even (no fused multiply-add), with one rounding to out.dtype at the
- * end. K is at most 131071. out.dtype is bfloat16, float16 or float32; with int32 the raw sums are
- * written, and scales and bias must be absent.
+ * The integer sum is exact in int32; what follows is float32 in this order, each operation rounded
+ * to nearest even (no fused multiply-add), with one rounding to out.dtype at the end. Only the
+ * activations differ between devices, in their last bits: relu is `y < 0 ? 0 : y`, the others have
+ * a relative error below 1e-6. K is at most 131071, with zero_point 65535.
+ *
+ * out.dtype is bfloat16, float16, float32 or int8; with int32 the raw sums `acc` are written, and
+ * everything but zero_point must be absent. In an int8 out -128 stands for NaN; no other y gives
+ * it.
  */
+typedef enum fastq_activation {
+  FASTQ_ACTIVATION_NONE = 0,
+  FASTQ_ACTIVATION_RELU = 1,
+  FASTQ_ACTIVATION_GELU = 2,      /* y * (1 + erf(y / sqrt(2))) / 2 */
+  FASTQ_ACTIVATION_GELU_TANH = 3, /* y * (1 + tanh(sqrt(2 / pi) * (y + 0.044715 * y^3))) / 2 */
+  FASTQ_ACTIVATION_SILU = 4       /* y / (1 + exp(-y)) */
+} fastq_activation;
+
 typedef enum fastq_weight_layout {
   FASTQ_WEIGHT_PLAIN = 0, /* data: (K, N) int8, any strides; K contiguous is the fast path */
   FASTQ_WEIGHT_PACKED = 1 /* data: (bytes,) uint8, written by fastq_pack_weight; sizes in k and n */
@@ -98,7 +116,8 @@ typedef struct fastq_weight {
   int32_t reserved;
   int64_t k; /* logical sizes of a packed weight; ignored for a plain one */
   int64_t n;
-  int64_t group_size; /* rows of K that share a scale; 0: all of them */
+  int64_t group_size;       /* rows of K that share a scale; 0: all of them */
+  fastq_tensor column_sums; /* sum_k b[k,n], int32: (N,) or (1, N); read with zero_point only */
 } fastq_weight;
 
 /* Gives `bytes` of workspace, aligned as fastq_int8_gemm_args says, or NULL. They stay valid until
@@ -110,7 +129,7 @@ typedef struct fastq_int8_gemm_args {
   fastq_tensor a; /* (..., M, K) int8 */
   const fastq_weight* b;
   fastq_tensor scale_a; /* float32: a scalar, a.shape[:-1], that plus (1,), flat (M,) or (M, 1) */
-  fastq_tensor bias;    /* (N,) or (1, N), out.dtype or float32, or absent */
+  fastq_tensor bias;    /* (N,) or (1, N), float32 or a floating out.dtype, or absent */
   fastq_tensor out;     /* (..., M, N) */
   void* workspace;      /* at least fastq_int8_gemm_workspace_size bytes on the tensors' device,
                            64-byte aligned (256 on CUDA); undefined on entry; not shared between
@@ -118,7 +137,14 @@ typedef struct fastq_int8_gemm_args {
   size_t workspace_size;
   fastq_allocate allocate; /* asked when the workspace is too small; may be NULL */
   void* allocate_context;
-  void* stream; /* a cudaStream_t; ignored on the CPU */
+  void* stream;            /* a cudaStream_t; ignored on the CPU */
+  fastq_tensor zero_point; /* int32, shapes as scale_a, or absent: a ~ (q - zero_point) * scale_a.
+                              Within -128..127, or the sums may wrap around. Needs b.column_sums */
+  fastq_tensor residual;   /* like out; float32, float16 or bfloat16, any strides, or absent. May
+                              be out itself (same data, dtype, sizes, strides), else apart from it */
+  fastq_tensor out_scale;  /* float32, one element; present exactly when out is int8 */
+  int32_t activation;      /* fastq_activation */
+  int32_t reserved;
 } fastq_int8_gemm_args;
 
 FASTQ_API fastq_status fastq_int8_gemm_workspace_size(const fastq_int8_gemm_args* args,

@@ -88,27 +88,31 @@ inline fastq_tensor transposed(fastq_tensor view) {
   return view;
 }
 
-// b: (K, N) int8; scale: float32 scalar, (N,) or (1, N).
-inline fastq_weight weight(const fastq_tensor& b, const fastq_tensor& scale = {}) {
+// b: (K, N) int8; scale: float32 scalar, (N,) or (1, N); column_sums: int32 (N,) or (1, N).
+inline fastq_weight weight(const fastq_tensor& b, const fastq_tensor& scale = {},
+                           const fastq_tensor& column_sums = {}) {
   fastq_weight w = {};
   w.struct_size = sizeof(w);
   w.data = b;
   w.scale = scale;
   w.layout = FASTQ_WEIGHT_PLAIN;
+  w.column_sums = column_sums;
   return w;
 }
 
 // packed: (bytes,) uint8 as pack_weight wrote it.
 inline fastq_weight packed_weight(const fastq_tensor& packed, int64_t k, int64_t n,
-                                  const fastq_tensor& scale = {}) {
-  fastq_weight w = weight(packed, scale);
+                                  const fastq_tensor& scale = {},
+                                  const fastq_tensor& column_sums = {}) {
+  fastq_weight w = weight(packed, scale, column_sums);
   w.layout = FASTQ_WEIGHT_PACKED;
   w.k = k;
   w.n = n;
   return w;
 }
 
-// The arguments of one product. Keep `b` alive as long as the struct.
+// The arguments of one product; set zero_point, activation, residual and out_scale on the result.
+// Keep `b` alive as long as the struct.
 inline fastq_int8_gemm_args int8_gemm_args(const fastq_tensor& a, const fastq_weight& b,
                                            const fastq_tensor& scale_a, const fastq_tensor& out,
                                            const fastq_tensor& bias = {}, void* stream = nullptr) {

@@ -10,12 +10,21 @@
 
 namespace fastq {
 
-// A float vector along M or N; `stride` 0 repeats one value, `data` null means absent.
+// A vector along M or N; `stride` 0 repeats one value, `data` null means absent.
 struct VectorView {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t stride = 0;
 };
+
+// A float matrix (M, N); `data` null means absent.
+struct MatrixView {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride_m = 0, stride_n = 0;
+};
+
+enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
 
 struct Int8GemmProblem {
   int64_t M = 0, N = 0, K = 0;
@@ -25,7 +34,11 @@ struct Int8GemmProblem {
   int64_t stride_bk = 0, stride_bn = 0;
   const void* b_packed = nullptr;  // set instead of b for a packed weight
   VectorView scale_a, scale_b, bias;
-  void* out = nullptr;  // out[m * stride_om + n * stride_on]
+  VectorView zero_point, column_sums;  // int32, along M and N; both or neither
+  Activation activation = Activation::kNone;
+  MatrixView residual;
+  const float* out_scale = nullptr;  // one value; set exactly when out is int8
+  void* out = nullptr;               // out[m * stride_om + n * stride_on]
   DType out_dtype = DType::kBFloat16;
   int64_t stride_om = 0, stride_on = 0;
   int device_index = 0;

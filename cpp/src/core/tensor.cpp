@@ -84,6 +84,14 @@ bool may_overlap(const TensorView& x, const TensorView& y) {
   return a.begin < b.end && b.begin < a.end;
 }
 
+bool is_same_view(const TensorView& x, const TensorView& y) {
+  bool same = x.data == y.data && x.dtype == y.dtype && x.rank == y.rank;
+  for (int i = 0; same && i < x.rank; ++i) {
+    same = x.sizes[i] == y.sizes[i] && (x.sizes[i] == 1 || x.strides[i] == y.strides[i]);
+  }
+  return same;
+}
+
 bool overlaps_itself(const TensorView& t) {
   if (numel(t) < 2) return false;
   // (|stride|, size), sorted by insertion: there are at most eight.

@@ -38,6 +38,8 @@ struct ByteRange {
 };
 ByteRange byte_range(const TensorView& t);
 bool may_overlap(const TensorView& x, const TensorView& y);
+// Whether every index names the same element, of the same dtype, in both.
+bool is_same_view(const TensorView& x, const TensorView& y);
 
 // Whether two different indices may name the same element. Exact for what real programs pass
 // (views and slices); a layout that interleaves its dimensions is taken for overlapping.

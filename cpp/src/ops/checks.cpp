@@ -11,11 +11,20 @@ std::string prefix(const char* op, const NamedTensor& tensor) {
 
 }  // namespace
 
-void check_struct_size(const char* op, size_t got, size_t least) {
-  if (got < least) {
-    invalid_value(std::string(op) + ": struct_size is " + std::to_string(got) +
-                  ", expected at least " + std::to_string(least) +
+void check_struct_size(const char* op, const void* args, size_t got, size_t least, size_t known) {
+  constexpr size_t kMost = 1 << 16;  // no struct will ever come near
+  if (got < least || got > kMost) {
+    const bool less = got < least;
+    invalid_value(std::string(op) + ": struct_size is " + std::to_string(got) + ", expected at " +
+                  (less ? "least " : "most ") + std::to_string(less ? least : kMost) +
                   "; set it to sizeof the argument struct");
+  }
+  const char* bytes = static_cast<const char*>(args);
+  for (size_t i = known; i < got; ++i) {
+    if (bytes[i] == 0) continue;
+    not_implemented(std::string(op) + ": struct_size is " + std::to_string(got) +
+                    ", and a field past the " + std::to_string(known) +
+                    " bytes that this libfastq knows is set; the program needs a newer libfastq");
   }
 }
 
@@ -41,9 +50,11 @@ void check_well_formed(const char* op, const NamedTensor& tensor) {
 }
 
 void check_dtype(const char* op, const NamedTensor& tensor, std::initializer_list<DType> allowed) {
-  std::string names;
   for (const DType dtype : allowed) {
     if (dtype == dtype_of(*tensor.view)) return;
+  }
+  std::string names;
+  for (const DType dtype : allowed) {
     names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
   }
   invalid_type(prefix(op, tensor) + " has dtype " + dtype_name(dtype_of(*tensor.view)) +

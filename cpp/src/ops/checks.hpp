@@ -1,6 +1,7 @@
 // The checks that several ops share. Each names the op, the argument, what was expected, what came.
 #pragma once
 
+#include <cstring>
 #include <initializer_list>
 #include <string>
 
@@ -38,8 +39,19 @@ RowStrides row_strides(const char* op, const NamedTensor& scale, const NamedTens
 VectorView column_vector(const char* op, const NamedTensor& vector, int64_t length,
                          const char* length_name, bool scalar_allowed);
 
-// Throws when a struct is too small to be one that this library knows.
-void check_struct_size(const char* op, size_t got, size_t least);
+// Throws when a struct is shorter than its first version (`least`), or longer than ours (`known`)
+// with something in the part that this library does not know.
+void check_struct_size(const char* op, const void* args, size_t got, size_t least, size_t known);
+
+// `args` with every field that this library knows: a shorter struct is completed in `space`.
+template <class Args>
+const Args& known_struct(const char* op, const Args& args, size_t least, Args& space) {
+  check_struct_size(op, &args, args.struct_size, least, sizeof(Args));
+  if (args.struct_size >= sizeof(Args)) return args;
+  space = {};
+  std::memcpy(&space, &args, args.struct_size);
+  return space;
+}
 
 // Calls visit(offsets, rows, row_strides) for every group of rows of a (..., cols) tensor that has
 // one stride in each of `count` operands: leading dimensions are folded into one where every

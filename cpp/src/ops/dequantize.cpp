@@ -7,7 +7,8 @@ namespace fastq {
 
 void dequantize(const fastq_dequantize_args& args) {
   const char* op = "dequantize";
-  check_struct_size(op, args.struct_size, sizeof(fastq_dequantize_args));
+  check_struct_size(op, &args, args.struct_size, sizeof(fastq_dequantize_args),
+                    sizeof(fastq_dequantize_args));
   const NamedTensor q{"q", &args.q}, scale{"s", &args.scale}, out{"out", &args.out};
   for (const NamedTensor& tensor : {q, scale, out}) check_well_formed(op, tensor);
   check_dtype(op, q, {DType::kInt8});

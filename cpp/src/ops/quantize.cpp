@@ -9,7 +9,8 @@ namespace {
 
 void quantize(const char* op, const char* x_name, const fastq_quantize_args& args, int min_rank,
               int max_rank) {
-  check_struct_size(op, args.struct_size, sizeof(fastq_quantize_args));
+  check_struct_size(op, &args, args.struct_size, sizeof(fastq_quantize_args),
+                    sizeof(fastq_quantize_args));
   const NamedTensor x{x_name, &args.x}, q{"q", &args.q}, scale{"scale", &args.scale};
   for (const NamedTensor& tensor : {x, q, scale}) check_well_formed(op, tensor);
   check_dtype(op, x, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
