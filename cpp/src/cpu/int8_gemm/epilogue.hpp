@@ -118,23 +118,26 @@ static inline void store_tile_row(const Int8GemmProblem& p, int64_t m, int64_t n
   for (int c = 0; c < cols; ++c) out[c * p.stride_on] = q[c];
 }
 
-// With any option besides scales and bias.
-static void write_tile_with_options(const Int8GemmProblem& p, int64_t m0, int rows, int64_t n0,
-                                    int cols, const int32_t* acc, const float* scale_b,
-                                    const float* bias) {
+// With any option besides scales and bias. Apart from the plain path, which it must not slow down.
+[[gnu::noinline]] static void write_tile_with_options(const Int8GemmProblem& p, int64_t m0,
+                                                      int rows, int64_t n0, int cols,
+                                                      const int32_t* acc) {
+  alignas(64) float scale_b[kTileN], bias[kTileN], row[kTileN];
   alignas(64) int32_t shifted[kTileN];
-  alignas(64) float row[kTileN];
+  const bool raw = p.out_dtype == DType::kInt32;
+  if (!raw) load_tile_vector(p.scale_b, n0, cols, scale_b);
+  if (p.bias.data != nullptr) load_tile_vector(p.bias, n0, cols, bias);
   const bool has_zero_point = p.zero_point.data != nullptr;
   const ZeroPoints zero_points(p, n0, has_zero_point ? cols : 0);
   for (int64_t m = m0; m < m0 + rows; ++m, acc += kTileN) {
     if (has_zero_point) zero_points.subtract(m, acc, shifted);
     const int32_t* sums = has_zero_point ? shifted : acc;
-    if (p.out_dtype == DType::kInt32) {
+    if (raw) {
       write_int32_row(p, m, n0, cols, sums);
       continue;
     }
-    scale_row(sums, load_float(p.scale_a.data, p.scale_a.dtype, m * p.scale_a.stride), scale_b,
-              bias, row);
+    const float scale_a = load_float(p.scale_a.data, p.scale_a.dtype, m * p.scale_a.stride);
+    scale_row(sums, scale_a, scale_b, p.bias.data != nullptr ? bias : nullptr, row);
     activate<kTileN>(p.activation, row);
     if (p.residual.data != nullptr) add_residual(p, m, n0, cols, row);
     store_tile_row(p, m, n0, cols, row);
@@ -148,18 +151,19 @@ static inline bool has_options(const Int8GemmProblem& p) {
 
 static void write_tile(const Int8GemmProblem& p, int64_t m0, int rows, int64_t n0, int cols,
                        const int32_t* acc) {
+  if (has_options(p)) return write_tile_with_options(p, m0, rows, n0, cols, acc);
+  if (p.out_dtype == DType::kInt32) {
+    for (int r = 0; r < rows; ++r) write_int32_row(p, m0 + r, n0, cols, acc + r * kTileN);
+    return;
+  }
   alignas(64) float scale_b[kTileN], bias_row[kTileN];
+  load_tile_vector(p.scale_b, n0, cols, scale_b);
   const float* bias = nullptr;
-  if (p.out_dtype != DType::kInt32) load_tile_vector(p.scale_b, n0, cols, scale_b);
   if (p.bias.data != nullptr) {
     load_tile_vector(p.bias, n0, cols, bias_row);
     bias = bias_row;
   }
-  if (has_options(p)) {
-    write_tile_with_options(p, m0, rows, n0, cols, acc, scale_b, bias);
-  } else if (p.out_dtype == DType::kInt32) {
-    for (int r = 0; r < rows; ++r) write_int32_row(p, m0 + r, n0, cols, acc + r * kTileN);
-  } else if (p.out_dtype == DType::kBFloat16) {
+  if (p.out_dtype == DType::kBFloat16) {
     write_rows<DType::kBFloat16>(p, m0, rows, n0, cols, acc, scale_b, bias);
   } else if (p.out_dtype == DType::kFloat16) {
     write_rows<DType::kFloat16>(p, m0, rows, n0, cols, acc, scale_b, bias);
