@@ -29,9 +29,8 @@ static inline float bfloat16_to_float(uint16_t bits) {
 
 static inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = float_bits(value);
-  const uint32_t nan = (bits >> 16) | 0x40u;
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return static_cast<uint16_t>((value != value ? bits | 0x400000u : rounded) >> 16);
 }
 
 static inline float float16_to_float(uint16_t bits) {

@@ -107,6 +107,27 @@ void for_each_tile(const Chunk& chunk, int64_t tile_m, Tile&& tile) {
   }
 }
 
+// The lines that a tile of output will be written to, where its rows are contiguous. Stores alone
+// would wait for them one after the other.
+Fetch output_lines(const Int8GemmProblem& p, int64_t m, int rows, int64_t n, int cols) {
+  if (p.stride_on != 1 && cols > 1) return {};
+  const int64_t size = element_size(p.out_dtype);
+  const auto first = reinterpret_cast<uintptr_t>(p.out) + (m * p.stride_om + n) * size;
+  const int64_t lines = (static_cast<int64_t>(first % 64) + cols * size + 63) / 64;
+  return {first - first % 64, p.stride_om * size, rows, lines};
+}
+
+// The part of the next tile of rows of a that is fetched during the tile of columns at n: all
+// columns of the chunk together fetch it whole.
+Fetch next_rows(const Int8GemmProblem& p, const Chunk& chunk, int64_t m, int rows, int64_t n) {
+  const int64_t first = m + rows, count = std::min<int64_t>(rows, chunk.m_end - first);
+  const int64_t tiles = (chunk.n_end - chunk.n_begin + kTileN - 1) / kTileN;
+  const int64_t tile = (n - chunk.n_begin) / kTileN;
+  const int64_t begin = count * tile / tiles, end = count * (tile + 1) / tiles;
+  const uintptr_t row = reinterpret_cast<uintptr_t>(p.a) + (first + begin) * p.stride_am;
+  return {row, p.stride_am, end - begin, (p.K + 63) / 64};
+}
+
 void run_dot(const Int8GemmProblem& p, const GemmKernels& kernels, const GemmConfig& config,
              const Chunk& chunk) {
   alignas(64) int32_t acc[kTileM * kTileN];
@@ -114,6 +135,7 @@ void run_dot(const Int8GemmProblem& p, const GemmKernels& kernels, const GemmCon
   for (int64_t n = chunk.n_begin; n < chunk.n_end; n += kTileN) {
     const Chunk column{chunk.m_begin, chunk.m_end, n, std::min(n + kTileN, chunk.n_end)};
     for_each_tile(column, config.tile_m, [&](int64_t m, int rows, int64_t n0, int cols) {
+      fetch_lines(output_lines(p, m, rows, n0, cols));
       kernels.dot_tile({p.a + m * p.stride_am, p.stride_am, rows, p.b + n0 * p.stride_bn,
                         p.stride_bn, cols, p.K},
                        acc);
@@ -129,8 +151,11 @@ void run_packed(const Int8GemmProblem& p, const GemmKernels& kernels, const Gemm
   const int64_t block_stride = packed_block_stride(p.K);
   for_each_tile(chunk, config.tile_m, [&](int64_t m, int rows, int64_t n, int cols) {
     const int8_t* b = blocks + (n - chunk.n_begin) / kBlockN * block_stride;
-    kernels.packed_tile({p.a + m * p.stride_am, p.stride_am, rows, b, block_stride, cols, p.K},
-                        acc);
+    const bool b_in_cache = config.algorithm == GemmAlgorithm::kRepack || m > chunk.m_begin;
+    kernels.packed_tile(
+        {p.a + m * p.stride_am, p.stride_am, rows, b, block_stride, cols, p.K, b_in_cache,
+         output_lines(p, m, rows, n, cols), next_rows(p, chunk, m, rows, n)},
+        acc);
     kernels.write_tile(p, m, rows, n, cols, acc);
   });
 }
@@ -147,9 +172,10 @@ void run_swapped(const Int8GemmProblem& p, const GemmKernels& kernels, const Chu
     const Chunk column{chunk.m_begin, chunk.m_end, n, std::min(n + kTileN, chunk.n_end)};
     int64_t fetch_row = kTileN;
     for_each_tile(column, kSwappedTileM, [&](int64_t m, int rows, int64_t n0, int cols) {
-      kernels.swapped_tile({packed_a + m / kBlockN * block_stride, block_stride, rows,
-                            p.b + n0 * p.stride_bn, p.stride_bn, cols, p.K, fetch_row, fetch_rows},
-                           acc);
+      kernels.swapped_tile(
+          {packed_a + m / kBlockN * block_stride, block_stride, rows, p.b + n0 * p.stride_bn,
+           p.stride_bn, cols, p.K, fetch_row, fetch_rows, output_lines(p, m, rows, n0, cols)},
+          acc);
       kernels.write_tile(p, m, rows, n0, cols, acc);
       fetch_row += fetch_rows;
     });

@@ -10,6 +10,7 @@
 // memory, the activation is packed, and the sums are transposed.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/int8_gemm/epilogue.hpp"
@@ -73,10 +74,51 @@ inline void multiply_block(const int8_t* a, int64_t stride_am, const int8_t* b,
   }
 }
 
-// What to fetch into L2 during a panel: at each K block, the next `bytes` of each stream. An
-// address, not a pointer: past the end of the weight the fetch does nothing.
+// Brings what a tile was told will be needed into L2, a few lines at each K block: all at once they
+// would hold up the tile's own loads.
+class Fetcher {
+ public:
+  Fetcher(const Fetch& first, const Fetch& second, int64_t blocks) : second_(second) {
+    const int64_t lines = first.rows * first.lines + second.rows * second.lines;
+    lines_a_block_ = static_cast<int>((lines + blocks - 1) / blocks);
+    begin(first);
+  }
+
+  void step() {
+    for (int i = 0; i < lines_a_block_; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(line_), _MM_HINT_T1);
+      line_ += 64;
+      if (--lines_left_ == 0) next_row();
+    }
+  }
+
+ private:
+  void begin(const Fetch& fetch) {
+    now_ = fetch;
+    if (now_.rows * now_.lines == 0) {
+      now_ = second_;
+      second_.rows = 0;
+    }
+    if (now_.rows * now_.lines == 0) lines_a_block_ = 0;
+    line_ = now_.address;
+    lines_left_ = now_.lines;
+  }
+  void next_row() {
+    --now_.rows;
+    now_.address += now_.stride;
+    begin(now_);
+  }
+
+  Fetch now_, second_;
+  int lines_a_block_;
+  uintptr_t line_;
+  int64_t lines_left_;
+};
+
+// What to fetch into L2 during a panel for the tiles after it: at each K block, the next `bytes` of
+// each stream.
 struct Ahead {
-  uintptr_t address;
+  uintptr_t address;  // may lie past the end of the weight
   int64_t stride;
   int streams;
   int bytes;
@@ -101,6 +143,7 @@ struct Panel {
   int64_t block_stride;
   int64_t blocks;  // whole K blocks
   Ahead ahead;
+  Fetcher* fetcher;
 };
 
 template <int RowTiles, int ColTiles>
@@ -122,6 +165,7 @@ void multiply_panel(const Panel& p, bool accumulate, int32_t* acc) {
   const int8_t* b = p.b;
   for (int64_t block = 0; block < p.blocks; ++block, b += kBlockBytes) {
     fetch(p.ahead, block);
+    p.fetcher->step();
     multiply_block<RowTiles, ColTiles>(p.a + block * kBlockK, p.stride_am, b, p.block_stride);
   }
   if (p.a_tail != nullptr) {
@@ -156,7 +200,8 @@ void packed_tile(const PackedTile& t, int32_t* acc) {
   // With a single panel of rows nothing in L1 is used again, and K is walked at once.
   const int64_t step = t.rows > kPanelRows ? kBlocksInL1 : full_blocks + 1;
   const int panels = (t.rows + kPanelRows - 1) / kPanelRows;
-  const int streams = t.cols > kBlockN ? 2 : 1;
+  const int streams = t.b_in_cache ? 0 : t.cols > kBlockN ? 2 : 1;
+  Fetcher fetcher(t.out, t.next_a, panels * std::max<int64_t>(full_blocks, 1));
   int64_t block = 0;
   do {
     const int64_t left = full_blocks - block;
@@ -172,7 +217,7 @@ void packed_tile(const PackedTile& t, int32_t* acc) {
         ahead.bytes = kBlockBytes / panels / 64 * 64;
         ahead.address = address(t.b) + next + r / kPanelRows * ahead.bytes * blocks;
       }
-      Panel panel{a, t.stride_am, nullptr, b, t.block_stride, blocks, ahead};
+      Panel panel{a, t.stride_am, nullptr, b, t.block_stride, blocks, ahead, &fetcher};
       if (last && t.K % kBlockK != 0) {
         copy_tail(a + blocks * kBlockK, t.stride_am, rows, t.K % kBlockK, tail);
         panel.a_tail = tail;
@@ -195,7 +240,8 @@ void swapped_tile(const SwappedTile& t, int32_t* acc) {
   alignas(64) int32_t sums[kPanelRows * kTileN];  // [n][m]
   const int64_t full_blocks = t.K / kBlockK;
   const Ahead ahead{address(t.w) + t.fetch_row * t.stride_wn, t.stride_wn, t.fetch_rows, kBlockK};
-  Panel panel{t.w, t.stride_wn, nullptr, t.a, t.block_stride, full_blocks, ahead};
+  Fetcher fetcher(t.out, {}, std::max<int64_t>(full_blocks, 1));
+  Panel panel{t.w, t.stride_wn, nullptr, t.a, t.block_stride, full_blocks, ahead, &fetcher};
   if (t.K % kBlockK != 0) {
     copy_tail(t.w + full_blocks * kBlockK, t.stride_wn, t.cols, t.K % kBlockK, tail);
     panel.a_tail = tail;

@@ -58,6 +58,7 @@ void widen_rows(const int8_t* a, int64_t stride_am, int rows, int count, int16_t
 }
 
 void packed_tile(const PackedTile& t, int32_t* acc) {
+  fetch_lines(t.out);
   constexpr int kWidth = kBlocksInL1 * kBlockK;
   alignas(32) int16_t wide[kRows * kWidth];
   std::memset(acc, 0, static_cast<size_t>(t.rows) * kTileN * sizeof(int32_t));

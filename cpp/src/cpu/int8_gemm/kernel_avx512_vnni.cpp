@@ -77,6 +77,7 @@ void multiply_rows(const int8_t* a, int64_t stride_am, int rows, const int8_t* b
 }
 
 void packed_tile(const PackedTile& t, int32_t* acc) {
+  fetch_lines(t.out);
   for (int r = 0; r < t.rows; ++r) {
     const __m512i start = _mm512_set1_epi32(-row_excess(t.a + r * t.stride_am, t.K));
     _mm512_storeu_si512(acc + r * kTileN, start);

@@ -19,6 +19,15 @@ constexpr int kBlockN = 16;                     // columns of a packed block
 constexpr int kBlockK = 64;                     // rows of K of a packed block
 constexpr int kBlockBytes = kBlockN * kBlockK;  // [16 groups of k][16 n][4 k]
 
+// Cache lines that will be needed soon: `rows` runs of `lines` each, `stride` bytes apart. An
+// address, not a pointer: to fetch past the end of the memory does nothing.
+struct Fetch {
+  uintptr_t address;
+  int64_t stride;
+  int64_t rows;
+  int64_t lines;
+};
+
 // acc[m][n] = sum_k a[m * stride_am + k] * b(k, n), b as packed blocks: column block j at
 // b + j * block_stride, its K blocks consecutive.
 struct PackedTile {
@@ -29,6 +38,9 @@ struct PackedTile {
   int64_t block_stride;
   int cols;  // at most kTileN
   int64_t K;
+  bool b_in_cache;  // another tile has read the same columns before
+  Fetch out;        // what the output will be written to
+  Fetch next_a;     // a share of the rows of the tiles that follow
 };
 
 // acc[m][n] = sum_k a[m * stride_am + k] * w[n * stride_wn + k]
@@ -53,7 +65,17 @@ struct SwappedTile {
   int64_t K;
   int64_t fetch_row;  // rows of w, counted from its first, to fetch into L2 meanwhile
   int fetch_rows;
+  Fetch out;  // what the output will be written to
 };
+
+static inline void fetch_lines(const Fetch& fetch) {
+  for (int64_t row = 0; row < fetch.rows; ++row) {
+    const uintptr_t line = fetch.address + row * fetch.stride;
+    for (int64_t i = 0; i < fetch.lines; ++i) {
+      __builtin_prefetch(reinterpret_cast<const void*>(line + i * 64), 1);
+    }
+  }
+}
 
 struct GemmKernels {
   // Set up and leave whatever state the tile functions need on a thread. May be null.
