@@ -1,4 +1,6 @@
 // The CUDA backend's row of the backend table. Registering touches no driver.
+#include <string>
+
 #include "core/backend.hpp"
 #include "dequantize/dequantize.hpp"
 #include "int8_gemm/int8_gemm.hpp"
@@ -10,6 +12,17 @@ namespace {
 
 size_t no_packed_form(int64_t, int64_t) { return 0; }
 
+std::string describe_backend() {
+  std::string json = describe();
+  json.pop_back();
+  json += ",\"int8_gemm\":[";
+  for (const std::string& name : int8_gemm_instances()) {
+    if (json.back() != '[') json += ",";
+    json += "\"" + name + "\"";
+  }
+  return json + "]}";
+}
+
 constexpr Backend kBackend = {
     &int8_gemm_workspace_size,
     &int8_gemm,
@@ -18,7 +31,7 @@ constexpr Backend kBackend = {
     nullptr,
     &quantize,
     &dequantize,
-    &describe,
+    &describe_backend,
 };
 
 [[maybe_unused]] const bool registered = register_backend(DeviceType::kCuda, kBackend);

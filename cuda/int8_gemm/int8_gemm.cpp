@@ -1,7 +1,6 @@
 #include "int8_gemm/int8_gemm.hpp"
 
 #include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "core/error.hpp"
@@ -22,22 +21,35 @@ GemmDevice gemm_device(const DeviceProps& props) {
   return {props.cc_major, props.cc_minor, props.sm_count, built_for_sm90a()};
 }
 
+// FASTQ_KERNELS names a family, or a whole configuration as config_name writes it.
 GemmChoice choose(const Int8GemmProblem& p) {
   if (p.M > INT32_MAX || p.N > INT32_MAX) {
     not_implemented("int8_gemm: M = " + std::to_string(p.M) + ", N = " + std::to_string(p.N) +
                     ", expected at most 2147483647 each on CUDA");
   }
-  const char* forced = std::getenv("FASTQ_KERNELS");
-  const bool any = forced == nullptr || *forced == '\0';
-  const bool sm80 = !any && std::strcmp(forced, "sm80") == 0;
-  const bool sm90 = !any && std::strcmp(forced, "sm90") == 0;
-  if (!any && !sm80 && !sm90) {
-    invalid_value(std::string("FASTQ_KERNELS is ") + forced + ", expected sm80 or sm90");
-  }
   const GemmDevice device = gemm_device(device_props(p.device_index));
-  const GemmChoice choice = select_config(gemm_shape(p), device, sm80);
-  if (sm90 && choice.family != KernelFamily::kSm90) {
-    not_implemented(std::string("int8_gemm: FASTQ_KERNELS=sm90, but ") + choice.reason);
+  const GemmShape shape = gemm_shape(p);
+  const char* forced = std::getenv("FASTQ_KERNELS");
+  if (forced == nullptr || *forced == '\0') return select_config(shape, device, false);
+
+  const std::string name = forced;
+  GemmConfig config;
+  const bool whole = name != "sm80" && name != "sm90";
+  if (whole && !parse_config(name, config)) {
+    invalid_value("FASTQ_KERNELS is " + name +
+                  ", expected sm80, sm90 or a configuration such as sm90/128x128x128_pingpong");
+  }
+  const bool sm80 = name == "sm80" || (whole && config.family == KernelFamily::kSm80);
+  GemmChoice choice = select_config(shape, device, sm80);
+  if (!sm80 && choice.config.family != KernelFamily::kSm90) {
+    not_implemented("int8_gemm: FASTQ_KERNELS=" + name + ", but " + choice.reason);
+  }
+  if (whole) {
+    const char* problem = config_problem(config, shape);
+    if (*problem != '\0') {
+      not_implemented("int8_gemm: FASTQ_KERNELS=" + name + ", but " + problem);
+    }
+    choice.config = config;
   }
   return choice;
 }
@@ -55,11 +67,9 @@ bool register_gemm_kernel(const GemmKernel& kernel) {
   return true;
 }
 
-const GemmKernel* find_gemm_kernel(KernelFamily family, const TileConfig& tile, int output_bytes) {
+const GemmKernel* find_gemm_kernel(KernelFamily family, const TileConfig& tile) {
   for (const GemmKernel& kernel : kernels()) {
-    if (kernel.family == family && kernel.tile == tile && kernel.output_bytes == output_bytes) {
-      return &kernel;
-    }
+    if (kernel.family == family && kernel.tile == tile) return &kernel;
   }
   return nullptr;
 }
@@ -68,10 +78,9 @@ size_t int8_gemm_workspace_size(const Int8GemmProblem& p) { return choose(p).wor
 
 void int8_gemm(const Int8GemmProblem& p, Workspace& workspace) {
   const GemmChoice choice = choose(p);
-  const int output_bytes = static_cast<int>(element_size(p.out_dtype));
-  const GemmKernel* kernel = find_gemm_kernel(choice.family, choice.tile, output_bytes);
+  const GemmKernel* kernel = find_gemm_kernel(choice.config.family, choice.config.tile);
   if (kernel == nullptr) {
-    not_implemented("int8_gemm: this build holds no instance " + config_name(choice.tile));
+    not_implemented("int8_gemm: this build holds no instance " + config_name(choice.config));
   }
   const DeviceGuard guard(p.device_index);
   const DeviceProps& props = device_props(p.device_index);
@@ -79,9 +88,10 @@ void int8_gemm(const Int8GemmProblem& p, Workspace& workspace) {
 
   // TMA wants a row stride even where there is one row.
   const int64_t padded_k = round_up(p.K, 16);
-  GemmLaunch launch{
-      &p,     p.a,   p.M == 1 ? padded_k : p.stride_am, p.b, p.N == 1 ? padded_k : p.stride_bn,
-      &props, stream};
+  GemmLaunch launch{&p,     &choice.config,
+                    p.a,    p.M == 1 ? padded_k : p.stride_am,
+                    p.b,    p.N == 1 ? padded_k : p.stride_bn,
+                    &props, stream};
   auto* space = static_cast<int8_t*>(workspace.get("int8_gemm", choice.workspace_size()));
   if (choice.relayout_a) {
     relayout(p.a, p.stride_am, p.stride_ak, p.M, p.K, space, padded_k, stream);
@@ -97,12 +107,22 @@ void int8_gemm(const Int8GemmProblem& p, Workspace& workspace) {
 
 std::string int8_gemm_describe(const Int8GemmProblem& p) {
   const GemmChoice choice = choose(p);
-  std::string text = choice.family == KernelFamily::kSm90 ? "cuda/sm90/" : "cuda/sm80/";
-  text += config_name(choice.tile);
+  std::string text = "cuda/" + config_name(choice.config);
   if (choice.relayout_a) text += "+relayout_a";
   if (choice.relayout_b) text += "+relayout_b";
   if (*choice.reason != '\0') text += std::string(" (") + choice.reason + ")";
   return text;
+}
+
+std::vector<std::string> int8_gemm_instances() {
+  std::vector<std::string> names;
+  for (const GemmKernel& kernel : kernels()) {
+    GemmConfig config;
+    config.family = kernel.family;
+    config.tile = kernel.tile;
+    names.push_back(config_name(config));
+  }
+  return names;
 }
 
 }  // namespace fastq::cuda

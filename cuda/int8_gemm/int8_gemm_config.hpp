@@ -3,23 +3,26 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 
 #include "core/problem.hpp"
 #include "int8_gemm/int8_gemm_tile.hpp"
 
 namespace fastq::cuda {
 
-// Every configuration that select_config may return; the build holds an instance of each
-// (cuda/CMakeLists.txt names them, a test compares).
+// Every instance that the build holds (cuda/CMakeLists.txt names them, a test compares).
 namespace tiles {
-inline constexpr TileConfig kSm90Small{64, 64, 256, 1, 1, Schedule::kPingpong};
-inline constexpr TileConfig kSm90Medium{64, 128, 128, 2, 1, Schedule::kPingpong};
-inline constexpr TileConfig kSm90Large{128, 128, 128, 2, 1, Schedule::kPingpong};
-inline constexpr TileConfig kSm90Huge{128, 256, 128, 2, 1, Schedule::kCooperative};
-inline constexpr TileConfig kSm80Small{64, 64, 128, 1, 1, Schedule::kMultistage};
-inline constexpr TileConfig kSm80Large{128, 128, 64, 1, 1, Schedule::kMultistage};
-inline constexpr TileConfig kAll[] = {kSm90Small, kSm90Medium, kSm90Large,
-                                      kSm90Huge,  kSm80Small,  kSm80Large};
+inline constexpr TileConfig kSm90Medium{64, 128, 128, Schedule::kPingpong};
+inline constexpr TileConfig kSm90Large{128, 128, 128, Schedule::kPingpong};
+inline constexpr TileConfig kSm80Small{64, 64, 128, Schedule::kMultistage};
+inline constexpr TileConfig kSm80Large{128, 128, 64, Schedule::kMultistage};
+constexpr TileConfig swapped(int tokens, int channels) {
+  return {tokens, channels, 128, Schedule::kSwapped};
+}
+inline constexpr TileConfig kSm90[] = {kSm90Medium,      kSm90Large,       swapped(8, 64),
+                                       swapped(16, 64),  swapped(32, 64),  swapped(64, 64),
+                                       swapped(16, 128), swapped(64, 128), swapped(128, 128)};
+inline constexpr TileConfig kSm80[] = {kSm80Small, kSm80Large};
 }  // namespace tiles
 
 // What select_config reads of a device and of this build.
@@ -34,14 +37,14 @@ struct GemmShape {
   int64_t M = 0, N = 0, K = 0;
   // The operand can be read by 16-byte copies along a contiguous K where it lies.
   bool a_is_vectorizable = true, b_is_vectorizable = true;
-  // Rows of out are contiguous, and start and end at multiples of 16 bytes: a TMA store rounds the
-  // end of a row up to that, over whatever lies behind it.
-  bool out_is_vectorizable = true;
+  // The output is scales, a bias and 16-bit floats, and TMA can store it: rows are contiguous, and
+  // start and end at multiples of 16 bytes (a TMA store rounds the end of a row up to that, over
+  // whatever lies behind it).
+  bool out_is_tma_storable = true;
 };
 
 struct GemmChoice {
-  KernelFamily family = KernelFamily::kSm80;
-  TileConfig tile = tiles::kSm80Large;
+  GemmConfig config;
   // The operand is first copied to the workspace, K contiguous and padded to 16 bytes.
   bool relayout_a = false, relayout_b = false;
   size_t relayout_a_bytes = 0, relayout_b_bytes = 0;
@@ -57,24 +60,104 @@ inline GemmShape gemm_shape(const Int8GemmProblem& p) {
                          (rows == 1 || (stride_row % 16 == 0 && stride_row > 0));
     return k_contiguous && aligned;
   };
-  const int64_t out_size = element_size(p.out_dtype);
   GemmShape shape;
   shape.M = p.M, shape.N = p.N, shape.K = p.K;
   shape.a_is_vectorizable = readable(p.a, p.stride_am, p.stride_ak, p.M);
   shape.b_is_vectorizable = readable(p.b, p.stride_bn, p.stride_bk, p.N);
-  shape.out_is_vectorizable = p.stride_on == 1 && p.N * out_size % 16 == 0 &&
+  const bool is_plain = p.zero_point.data == nullptr && p.activation == Activation::kNone &&
+                        p.residual.data == nullptr && element_size(p.out_dtype) == 2;
+  shape.out_is_tma_storable = is_plain && p.stride_on == 1 && p.N % 8 == 0 &&
                               reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
-                              (p.M == 1 || (p.stride_om > 0 && p.stride_om * out_size % 16 == 0));
+                              (p.M == 1 || (p.stride_om > 0 && p.stride_om % 8 == 0));
   return shape;
 }
 
-// 128x256 tiles move fewer bytes per product and win once they fill the chip for several waves;
-// below that the finer tile quantises better.
-inline TileConfig select_sm90_tile(const GemmShape& s, const GemmDevice& device) {
-  if (s.M <= 64) return tiles::kSm90Small;
-  if (s.M <= 128) return tiles::kSm90Medium;
-  const int64_t huge_tiles = (round_up(s.M, 128) / 128) * (round_up(s.N, 256) / 256);
-  return huge_tiles >= int64_t{8} * device.sm_count ? tiles::kSm90Huge : tiles::kSm90Large;
+// Why a configuration cannot run, or does not exist; empty when it can.
+inline const char* config_problem(const GemmConfig& c, const GemmShape& s) {
+  const bool sm90 = c.family == KernelFamily::kSm90;
+  const auto* first = sm90 ? std::begin(tiles::kSm90) : std::begin(tiles::kSm80);
+  const auto* last = sm90 ? std::end(tiles::kSm90) : std::end(tiles::kSm80);
+  if (std::find(first, last, c.tile) == last) return "there is no such instance";
+  if (c.tile.schedule != Schedule::kSwapped) {
+    if (c.width > 0 || c.split_k > 1 || c.blocks_per_sm > 1)
+      return "only swapped tiles have options";
+    return sm90 && !s.out_is_tma_storable ? "TMA cannot store this output" : "";
+  }
+  if (c.width < 0 || c.width > c.tile.tile_n || c.width % 8 != 0) {
+    return "the width is not a multiple of 8 up to the tile's";
+  }
+  if (c.split_k < 1 || c.split_k > 8) return "split_k is not 1 to 8";
+  if (c.split_k > ceil_div(s.K, c.tile.tile_k)) return "K has fewer parts";
+  if (c.blocks_per_sm != 1 && c.blocks_per_sm != 2) return "there are 1 or 2 blocks";
+  if (c.blocks_per_sm == 2 && c.tile.tile_m * c.tile.tile_n > 64 * 64) {
+    return "two blocks of this tile do not fit";
+  }
+  return "";
+}
+
+// Few tokens: the time is the weight's bytes over the bandwidth, so every multiprocessor should
+// have the same share of the weight. For more than 64, and for outputs that TMA cannot store, plain
+// tiles.
+inline GemmConfig select_swapped_config(const GemmShape& s, const GemmDevice& device) {
+  GemmConfig config;
+  config.family = KernelFamily::kSm90;
+  if (s.M > 64) {
+    const bool fits = ceil_div(s.M, 64) * ceil_div(s.N, 64) <= device.sm_count;
+    config.tile = fits ? tiles::swapped(64, 64) : tiles::swapped(128, 128);
+    return config;
+  }
+  const int tokens = s.M <= 8 ? 8 : s.M <= 16 ? 16 : s.M <= 32 ? 32 : 64;
+  const int64_t share = round_up(ceil_div(s.N, device.sm_count), 8);
+  const int64_t k_tiles = ceil_div(s.K, 128);
+  if (share <= 64) {
+    config.tile = tiles::swapped(tokens, 64);
+    // Half of a tile idle costs nothing, but where K is short a share of 64 channels with fewer
+    // blocks has less to read of the tokens.
+    config.width = static_cast<int>(std::max<int64_t>(share, 16));
+    config.blocks_per_sm = tokens <= 32 ? 2 : 1;
+    if (tokens == 64) config.width = ceil_div(s.N, 64) * 2 > device.sm_count ? int(share) : 64;
+    // A narrow weight: share K too.
+    while (config.split_k < 8 &&
+           ceil_div(s.N, config.width) * config.split_k * 2 <= device.sm_count &&
+           k_tiles >= 8 * config.split_k) {
+      config.split_k *= 2;
+    }
+    if (config.width == 64) config.width = 0;
+    return config;
+  }
+  if (share <= 128 && tokens > 32) {
+    config.tile = tiles::swapped(64, 128);
+    config.width = static_cast<int>(share);
+    return config;
+  }
+  if (share <= 128 && share > 64 && tokens <= 16) {
+    config.tile = tiles::swapped(16, 128);
+    config.width = static_cast<int>(share);
+    config.blocks_per_sm = 2;
+    return config;
+  }
+  // Several tiles a multiprocessor.
+  config.tile = tiles::swapped(tokens, 64);
+  const int64_t tiles_per_sm = ceil_div(s.N, int64_t{64} * device.sm_count);
+  config.width = static_cast<int>(round_up(ceil_div(s.N, tiles_per_sm * device.sm_count), 8));
+  config.blocks_per_sm = tokens <= 32 ? 2 : 1;
+  if (tokens == 64) config.tile = tiles::swapped(64, 128), config.width = 0;
+  return config;
+}
+
+// A wave of 64x128 tiles takes 0.6 of one of 128x128.
+inline GemmConfig select_sm90_config(const GemmShape& s, const GemmDevice& device) {
+  const bool few = s.M <= 64 || (s.M <= 128 && 2 * ceil_div(s.N, 64) <= device.sm_count);
+  if (few || !s.out_is_tma_storable) return select_swapped_config(s, device);
+  GemmConfig config;
+  config.family = KernelFamily::kSm90;
+  // A cluster has two tiles along M.
+  const auto waves = [&](int tile_m) {
+    return ceil_div(round_up(ceil_div(s.M, tile_m), 2) * ceil_div(s.N, 128), device.sm_count);
+  };
+  const bool medium = 0.6 * static_cast<double>(waves(64)) < static_cast<double>(waves(128));
+  config.tile = medium ? tiles::kSm90Medium : tiles::kSm90Large;
+  return config;
 }
 
 // `forced_sm80` is FASTQ_KERNELS=sm80.
@@ -88,13 +171,10 @@ inline GemmChoice select_config(const GemmShape& s, const GemmDevice& device, bo
     choice.reason = "not a Hopper GPU";
   } else if (!device.has_sm90a_code) {
     choice.reason = "this build has no sm_90a code";
-  } else if (!s.out_is_vectorizable) {
-    choice.reason = "rows of out do not start and end at multiples of 16 bytes";
   } else if (s.K == 0) {
     choice.reason = "K is 0";
   } else {
-    choice.family = KernelFamily::kSm90;
-    choice.tile = select_sm90_tile(s, device);
+    choice.config = select_sm90_config(s, device);
     // A TMA store goes on to a multiple of 16 bytes. Should a load do so too, what lies behind a
     // row of K elements would take part in the sums: let it be zero in one of the operands, as
     // relayout leaves it.
@@ -103,10 +183,10 @@ inline GemmChoice select_config(const GemmShape& s, const GemmDevice& device, bo
   const int64_t padded_k = round_up(s.K, 16);
   if (choice.relayout_a) choice.relayout_a_bytes = round_up(s.M * padded_k, 256);
   if (choice.relayout_b) choice.relayout_b_bytes = round_up(s.N * padded_k, 256);
-  if (choice.family == KernelFamily::kSm90) return choice;
+  if (choice.config.family == KernelFamily::kSm90) return choice;
 
-  const int64_t large_tiles = (round_up(s.M, 128) / 128) * (round_up(s.N, 128) / 128);
-  choice.tile = large_tiles < device.sm_count ? tiles::kSm80Small : tiles::kSm80Large;
+  const int64_t large_tiles = ceil_div(s.M, 128) * ceil_div(s.N, 128);
+  choice.config.tile = large_tiles < device.sm_count ? tiles::kSm80Small : tiles::kSm80Large;
   return choice;
 }
 

@@ -14,6 +14,7 @@ namespace fastq::cuda {
 // 16-byte aligned.
 struct GemmLaunch {
   const Int8GemmProblem* problem;
+  const GemmConfig* config;
   const int8_t* a;
   int64_t ld_a;
   const int8_t* b;
@@ -25,7 +26,6 @@ struct GemmLaunch {
 struct GemmKernel {
   KernelFamily family;
   TileConfig tile;
-  int output_bytes;  // of an output element: 2 or 4
   void (*launch)(const GemmLaunch&);
   void (*load)();  // on the current device, with its shared-memory limit raised
 };
@@ -34,6 +34,6 @@ struct GemmKernel {
 bool register_gemm_kernel(const GemmKernel& kernel);
 
 // Null when the build has no such instance.
-const GemmKernel* find_gemm_kernel(KernelFamily family, const TileConfig& tile, int output_bytes);
+const GemmKernel* find_gemm_kernel(KernelFamily family, const TileConfig& tile);
 
 }  // namespace fastq::cuda

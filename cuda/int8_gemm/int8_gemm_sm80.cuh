@@ -1,11 +1,11 @@
-// INT8 GEMM by mma.sync, for Ampere and everything after it: out (M, N) = dequantize(a (M, K) .
-// b (N, K)^T), see epilogue/dequantize.cuh for the epilogue's formula.
+// INT8 GEMM by mma.sync, for Ampere and everything after it: out (M, N) = output(a (M, K) .
+// b (N, K)^T), see epilogue/output.cuh for what ends it.
 //
 // a and b are int8 with K contiguous, their rows 16-byte aligned. A block computes one output tile:
 // cp.async brings kTileK bytes of every row into a ring of kStages shared-memory buffers, ldmatrix
 // takes fragments from there, mma.sync m16n8k32 accumulates exactly in int32. cp.async fills what
-// lies past an edge of M, N or K with zeros, so those need no code in the main loop; out is written
-// element by element at its real strides.
+// lies past an edge of M, N or K with zeros, so those need no code in the main loop. The sums go
+// through shared memory, which turns the fragments into rows of out.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -13,7 +13,7 @@
 #include <cute/atom/copy_atom.hpp>
 #include <cute/atom/mma_atom.hpp>
 
-#include "epilogue/dequantize.cuh"
+#include "epilogue/output.cuh"
 #include "int8_gemm/int8_gemm_kernels.hpp"
 
 namespace fastq::cuda {
@@ -24,16 +24,12 @@ struct Sm80Params {
   int64_t ld_a;
   const int8_t* b;
   int64_t ld_b;
-  void* out;
-  int64_t stride_om, stride_on;
-  bool pairs;  // two neighbouring elements of a row of out can be written at once
-  DequantizeParams epilogue;
+  OutputParams output;
 };
 
 // 16 bytes from global to shared memory, of which those past `bytes` are zeros.
-__device__ inline void copy_async_16(void* shared, const void* global, int bytes) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(global),
+__device__ inline void copy_async_16(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
                "r"(bytes));
 }
 
@@ -68,69 +64,94 @@ struct Sm80Traits {
   using CopyAtom = cute::Copy_Atom<cute::SM75_U32x4_LDSM_N, int8_t>;
 
   static constexpr int kSmemBytes = kStages * (kTileM + kTileN) * kTileK;
-  static_assert(kSmemBytes >= 4 * (kTileM + 2 * kTileN), "the epilogue's vectors reuse it");
+  // The rows of one MMA of every warp, written at a time; padded against bank conflicts.
+  static constexpr int kChunk = 16 * kWarpsM;
+  using Sums = int32_t[kChunk][kTileN + 4];
+  static_assert(kSmemBytes >= sizeof(Sums), "the sums take the stages' place");
 };
 
-// Starts the copy of rows [row0, row0 + kRows), bytes [k0, k0 + kTileK) of a K-major operand.
-template <int kRows, int kTileK, int kThreads, class SmemTensor>
-__device__ inline void load_tile(SmemTensor&& stage, const int8_t* data, int64_t ld, int row0,
-                                 int rows, int k0, int K) {
-  constexpr int kChunks = kTileK / 16;
+// Brings tiles of rows [row0, row0 + kRows) of a K-major operand to shared memory. A thread's rows
+// differ by a multiple of 8, so the swizzle moves all of its chunks alike.
+template <int kRows, int kTileK, int kThreads>
+struct TileLoader {
+  static constexpr int kChunks = kTileK / 16;
+  static constexpr int kRowStep = kThreads / kChunks;
+  static constexpr int kCopies = (kRows + kRowStep - 1) / kRowStep;
+  static_assert(kThreads % kChunks == 0 && kRowStep % 8 == 0);
+
+  const int8_t* source;  // this thread's first chunk, at k = 0
+  int64_t step;          // bytes between its rows
+  uint32_t shared;       // where the first chunk goes in stage 0
+  int k, copies;         // its offset in K, and how many of its rows there are
+
+  template <class SmemTensor>
+  __device__ TileLoader(SmemTensor&& stage0, const int8_t* data, int64_t ld, int row0, int rows) {
+    const int row = static_cast<int>(threadIdx.x) / kChunks;
+    k = static_cast<int>(threadIdx.x) % kChunks * 16;
+    const int left = min(rows - row0, kRows) - row;
+    copies = left <= 0 ? 0 : (left + kRowStep - 1) / kRowStep;
+    source = copies > 0 ? data + (row0 + row) * ld + k : data;
+    step = kRowStep * ld;
+    shared = static_cast<uint32_t>(__cvta_generic_to_shared(&stage0(row < kRows ? row : 0, k)));
+  }
+
+  __device__ void operator()(int stage, int k0, int K) const {
+    const int bytes = min(max(K - k0 - k, 0), 16);
+    const uint32_t target = shared + stage * (kRows * kTileK);
 #pragma unroll
-  for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
-    const int chunk = i * kThreads + static_cast<int>(threadIdx.x);
-    const int row = chunk / kChunks, k = chunk % kChunks * 16;
-    const int left = row0 + row < rows ? K - k0 - k : 0;
-    const int bytes = min(max(left, 0), 16);
-    const int8_t* source = bytes > 0 ? data + (row0 + row) * ld + k0 + k : data;
-    copy_async_16(&stage(row, k), source, bytes);
+    for (int i = 0; i < kCopies; ++i) {
+      if (kRows % kRowStep != 0 && static_cast<int>(threadIdx.x) / kChunks >= kRows) break;
+      const bool reads = i < copies && bytes > 0;
+      copy_async_16(target + i * kRowStep * kTileK, reads ? source + i * step + k0 : source,
+                    reads ? bytes : 0);
+    }
+  }
+};
+
+template <class Traits, int kTileM, int kTileN, class Accumulators>
+__device__ inline void sm80_write(const OutputParams& p, const Accumulators& acc, int m0, int n0,
+                                  typename Traits::Sums& sums) {
+  using namespace cute;
+  constexpr int kPerRow = kTileN / kOutputColumns;
+  constexpr int kChunks = kTileM / Traits::kChunk;
+  const int n = threadIdx.x % kPerRow * kOutputColumns;
+  OutputColumns columns;
+  if (n0 + n < p.N) load_columns(p, n0 + n, columns);
+  auto coords = typename Traits::Mma{}
+                    .get_slice(threadIdx.x)
+                    .partition_C(make_identity_tensor(
+                        Shape<Int<kTileM>, Int<kTileN>>{}));  // (MMA, MMA_M, MMA_N)
+#pragma unroll 1
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    const int first = chunk * Traits::kChunk;
+    const int count = min(Traits::kChunk, p.M - m0 - first);
+    if (count <= 0) return;
+    __syncthreads();  // the stages, or the chunk before, have been read
+    for_each(make_seq<kChunks>{}, [&](auto c) {
+      if (chunk != c) return;
+#pragma unroll
+      for (int j = 0; j < size<2>(acc); ++j) {
+#pragma unroll
+        for (int i = 0; i < size<0>(acc); ++i) {
+          const auto mn = coords(i, c, j);
+          sums[get<0>(mn) - c * Traits::kChunk][get<1>(mn)] = acc(i, c, j);
+        }
+      }
+    });
+    __syncthreads();
+    if (n0 + n >= p.N) continue;
+#pragma unroll 1
+    for (int row = threadIdx.x / kPerRow; row < count; row += Traits::kThreads / kPerRow) {
+      const int m = m0 + first + row;
+      int32_t values[8];
+      *reinterpret_cast<int4*>(values) = *reinterpret_cast<const int4*>(&sums[row][n]);
+      *reinterpret_cast<int4*>(values + 4) = *reinterpret_cast<const int4*>(&sums[row][n + 4]);
+      store_row(p, columns, load_row(p, m), m, n0 + n, values);
+    }
   }
 }
 
-template <class Traits, int kTileM, int kTileN, class Word, class Accumulators>
-__device__ inline void store_tile(const Sm80Params& p, Accumulators& acc, int m0, int n0,
-                                  float* shared) {
-  float* scale_a = shared;
-  float* scale_b = scale_a + kTileM;
-  float* bias = scale_b + kTileN;
-  for (int i = threadIdx.x; i < kTileM; i += Traits::kThreads) {
-    scale_a[i] = load_or(p.epilogue.scale_a, m0 + i, p.M, 0.0f);
-  }
-  for (int i = threadIdx.x; i < kTileN; i += Traits::kThreads) {
-    scale_b[i] = load_or(p.epilogue.scale_b, n0 + i, p.N, 0.0f);
-    bias[i] = load_or(p.epilogue.bias, n0 + i, p.N, 0.0f);
-  }
-  __syncthreads();
-
-  const bool has_bias = p.epilogue.bias.data != nullptr;
-  const OutputKind kind = p.epilogue.kind;
-  auto* out = static_cast<Word*>(p.out);
-  auto thread_mma = typename Traits::Mma{}.get_slice(threadIdx.x);
-  auto coords = thread_mma.partition_C(
-      cute::make_identity_tensor(cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>>{}));
-#pragma unroll
-  for (int i = 0; i < cute::size(acc); i += 2) {  // elements i and i + 1 are neighbours in a row
-    const int m = cute::get<0>(coords(i)), n = cute::get<1>(coords(i));
-    if (m0 + m >= p.M || n0 + n >= p.N) continue;
-    Word words[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float value = dequantize(acc(i + j), scale_a[m], scale_b[n + j], bias[n + j], has_bias);
-      words[j] = output_word<Word>(acc(i + j), value, kind);
-    }
-    Word* target = out + (m0 + m) * p.stride_om + (n0 + n) * p.stride_on;
-    const bool second = n0 + n + 1 < p.N;
-    if (p.pairs && second) {
-      using Pair = std::conditional_t<sizeof(Word) == 2, uint32_t, uint2>;
-      *reinterpret_cast<Pair*>(target) = *reinterpret_cast<const Pair*>(words);
-    } else {
-      target[0] = words[0];
-      if (second) target[p.stride_on] = words[1];
-    }
-  }
-}
-
-template <int kTileM, int kTileN, int kTileK, int kStages, int kWarpsM, int kWarpsN, class Word>
+template <int kTileM, int kTileN, int kTileK, int kStages, int kWarpsM, int kWarpsN>
 __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
     int8_gemm_sm80(const __grid_constant__ Sm80Params p) {
   using namespace cute;
@@ -159,41 +180,53 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
   auto to_b = copy_b.get_slice(threadIdx.x).retile_D(rB);
 
   const int k_tiles = (p.K + kTileK - 1) / kTileK;
-  auto load = [&](int k_tile) {
+  const TileLoader<kTileM, kTileK, kThreads> load_a(sA(_, _, 0), p.a, p.ld_a, m0, p.M);
+  const TileLoader<kTileN, kTileK, kThreads> load_b(sB(_, _, 0), p.b, p.ld_b, n0, p.N);
+  int load_stage = 0;
+  const auto load = [&](int k_tile) {
     if (k_tile < k_tiles) {
-      const int stage = k_tile % kStages;
-      load_tile<kTileM, kTileK, kThreads>(sA(_, _, stage), p.a, p.ld_a, m0, p.M, k_tile * kTileK,
-                                          p.K);
-      load_tile<kTileN, kTileK, kThreads>(sB(_, _, stage), p.b, p.ld_b, n0, p.N, k_tile * kTileK,
-                                          p.K);
+      load_a(load_stage, k_tile * kTileK, p.K);
+      load_b(load_stage, k_tile * kTileK, p.K);
     }
     cp_async_fence();  // an empty group keeps the count of groups in flight
+    load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
+  };
+  const auto read_fragments = [&](int k, int stage) {
+    copy(copy_a, from_a(_, _, k, stage), to_a(_, _, k));
+    copy(copy_b, from_b(_, _, k, stage), to_b(_, _, k));
   };
 #pragma unroll
   for (int k_tile = 0; k_tile < kStages - 1; ++k_tile) load(k_tile);
+  cp_async_wait<kStages - 2>();
+  __syncthreads();
+  read_fragments(0, 0);
 
+  // Fragments are read one step ahead of the MMAs that take them, across tiles too.
+  constexpr int kSteps = kTileK / 32;
+  int stage = 0;
   for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
-    cp_async_wait<kStages - 2>();
-    __syncthreads();  // the tile has arrived, and all have read the one that is overwritten next
-    load(k_tile + kStages - 1);
-    const int stage = k_tile % kStages;
 #pragma unroll
-    for (int k = 0; k < size<2>(rA); ++k) {
-      copy(copy_a, from_a(_, _, k, stage), to_a(_, _, k));
-      copy(copy_b, from_b(_, _, k, stage), to_b(_, _, k));
+    for (int k = 0; k < kSteps; ++k) {
+      if (k == kSteps - 1) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();  // the next tile has arrived, and all have read this one
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+      }
+      read_fragments((k + 1) % kSteps, stage);
+      if (k == 0) load(k_tile + kStages - 1);  // over the tile before this one
       gemm(mma, rA(_, _, k), rB(_, _, k), acc);
     }
   }
   cp_async_wait<0>();
-  __syncthreads();  // the epilogue's vectors take the stages' place
-  store_tile<Traits, kTileM, kTileN, Word>(p, acc, m0, n0, reinterpret_cast<float*>(shared));
+  sm80_write<Traits, kTileM, kTileN>(p.output, acc, m0, n0,
+                                     *reinterpret_cast<typename Traits::Sums*>(shared));
 }
 
-template <int kTileM, int kTileN, int kTileK, int kStages, int kWarpsM, int kWarpsN, class Word>
+template <int kTileM, int kTileN, int kTileK, int kStages, int kWarpsM, int kWarpsN>
 struct Sm80Gemm {
   using Traits = Sm80Traits<kTileM, kTileN, kTileK, kStages, kWarpsM, kWarpsN>;
   static constexpr auto kKernel =
-      &int8_gemm_sm80<kTileM, kTileN, kTileK, kStages, kWarpsM, kWarpsN, Word>;
+      &int8_gemm_sm80<kTileM, kTileN, kTileK, kStages, kWarpsM, kWarpsN>;
 
   static void load() {
     check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -203,13 +236,8 @@ struct Sm80Gemm {
 
   static void launch(const GemmLaunch& launch) {
     const Int8GemmProblem& p = *launch.problem;
-    const bool pairs = p.stride_on == 1 && (p.M == 1 || p.stride_om % 2 == 0) &&
-                       reinterpret_cast<uintptr_t>(p.out) % (2 * sizeof(Word)) == 0;
-    const Sm80Params params{
-        int(p.M),    int(p.N),    int(p.K),
-        launch.a,    launch.ld_a, launch.b,
-        launch.ld_b, p.out,       p.stride_om,
-        p.stride_on, pairs,       {p.scale_a, p.scale_b, p.bias, output_kind(p.out_dtype)}};
+    const Sm80Params params{int(p.M),    int(p.N), int(p.K),    launch.a,
+                            launch.ld_a, launch.b, launch.ld_b, output_params(p)};
     const int64_t blocks = (round_up(p.M, kTileM) / kTileM) * (round_up(p.N, kTileN) / kTileN);
     kKernel<<<static_cast<unsigned>(blocks), Traits::kThreads, Traits::kSmemBytes, launch.stream>>>(
         params);
@@ -217,9 +245,8 @@ struct Sm80Gemm {
   }
 
   static bool register_kernel() {
-    const TileConfig tile{kTileM, kTileN, kTileK, 1, 1, Schedule::kMultistage};
     return register_gemm_kernel(
-        {KernelFamily::kSm80, tile, static_cast<int>(sizeof(Word)), &launch, &load});
+        {KernelFamily::kSm80, {kTileM, kTileN, kTileK, Schedule::kMultistage}, &launch, &load});
   }
 };
 

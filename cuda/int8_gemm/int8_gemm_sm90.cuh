@@ -1,12 +1,12 @@
-// INT8 GEMM for Hopper (sm_90a): out (M, N) = dequantize(a (M, K) . b (N, K)^T), see
-// epilogue/dequantize.cuh for the epilogue's formula.
+// INT8 GEMM for Hopper (sm_90a), for many tokens and plain outputs (scales, a bias, 16-bit floats):
+// out (M, N) = output(a (M, K) . b (N, K)^T), see epilogue/output.cuh.
 //
 // a and b are int8 with K contiguous, which is the only form INT8 WGMMA reads. A producer warp
 // brings tiles of both to shared memory by TMA, in as many stages as fit; two consumer warpgroups
-// multiply (WGMMA, int32 accumulators, exact). In the ping-pong schedule each warpgroup has a tile
-// of its own and one's epilogue runs under the other's main loop; in the cooperative one both share
-// a tile of twice the size. The grid is persistent, clusters share tiles by TMA multicast. Built
-// from CUTLASS 3's collectives; ours are the epilogue node, the launch and the descriptor cache.
+// multiply (WGMMA, int32 accumulators, exact), each a tile of its own, so that one's epilogue runs
+// under the other's main loop (ping-pong). The grid is persistent, clusters share tiles by TMA
+// multicast. Built from CUTLASS 3's collectives; ours are the epilogue node, the launch and the
+// descriptor cache.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -17,39 +17,30 @@
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/gemm/kernel/tile_scheduler.hpp>
 
-#include "epilogue/sm90_dequantize_visitor.cuh"
+#include "epilogue/sm90_output_visitor.cuh"
 #include "int8_gemm/int8_gemm_kernels.hpp"
 #include "runtime/tma_cache.hpp"
 
 namespace fastq::cuda {
 
-template <int kTileM, int kTileN, int kTileK, int kClusterM, int kClusterN, Schedule kSchedule,
-          class Word>
+template <int kTileM, int kTileN, int kTileK, int kClusterM, int kClusterN>
 struct Sm90Gemm {
-  static constexpr bool kPingpong = kSchedule == Schedule::kPingpong;
   using Tile = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kTileK>>;
   using Cluster = cute::Shape<cute::Int<kClusterM>, cute::Int<kClusterN>, cute::_1>;
   using RowMajor = cutlass::layout::RowMajor;
   using ColumnMajor = cutlass::layout::ColumnMajor;
-  using Visitor = Sm90DequantizeVisitor<Tile, Word>;
-
-  using MainloopSchedule =
-      std::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
-                         cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
-  using EpilogueSchedule = std::conditional_t<kPingpong, cutlass::epilogue::TmaWarpSpecialized,
-                                              cutlass::epilogue::TmaWarpSpecializedCooperative>;
+  using Visitor = Sm90OutputVisitor<Tile>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, void, RowMajor,
-      16 / sizeof(Word), Word, RowMajor, 16 / sizeof(Word), EpilogueSchedule,
-      Visitor>::CollectiveOp;
+      cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, void, RowMajor, 8, uint16_t,
+      RowMajor, 8, cutlass::epilogue::TmaWarpSpecialized, Visitor>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, RowMajor, 16, int8_t,
       ColumnMajor, 16, int32_t, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename Epilogue::SharedStorage))>,
-      MainloopSchedule>::CollectiveOp;
+      cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
                                                       Epilogue, cutlass::gemm::PersistentScheduler>;
 
@@ -69,8 +60,6 @@ struct Sm90Gemm {
     return reinterpret_cast<const typename Mainloop::InternalElementA*>(data);
   }
 
-  // Encoding a TMA descriptor costs the host about as much as a launch. One depends on nothing but
-  // what is in its key, so each is kept: weights, and buffers that the allocator gives again.
   static typename Mainloop::Params mainloop_params(const GemmLaunch& launch) {
     const Int8GemmProblem& p = *launch.problem;
     typename Mainloop::Params params;
@@ -98,15 +87,14 @@ struct Sm90Gemm {
   static typename Epilogue::Params epilogue_params(const GemmLaunch& launch) {
     const Int8GemmProblem& p = *launch.problem;
     typename Epilogue::Params params{};
-    params.thread = {p.scale_a, p.scale_b, p.bias, output_kind(p.out_dtype)};
+    params.thread = output_params(p);
     // A single row has no row stride of its own to speak of; TMA still wants a multiple of 16
     // bytes.
-    const int64_t ld =
-        p.M == 1 ? round_up(p.N, 16 / static_cast<int64_t>(sizeof(Word))) : p.stride_om;
+    const int64_t ld = p.M == 1 ? round_up(p.N, 8) : p.stride_om;
     params.tma_store_d = cached_tma<typename Epilogue::Params::TMA_D>({p.out, p.M, p.N, ld}, [&] {
       const auto stride = cute::make_stride(ld, cute::_1{}, int64_t{0});
       const typename Epilogue::Arguments args{params.thread, nullptr, stride,
-                                              static_cast<Word*>(p.out), stride};
+                                              static_cast<uint16_t*>(p.out), stride};
       return Epilogue::to_underlying_arguments(problem_shape(p), args, nullptr).tma_store_d;
     });
     return params;
@@ -139,9 +127,8 @@ struct Sm90Gemm {
   }
 
   static bool register_kernel() {
-    const TileConfig tile{kTileM, kTileN, kTileK, kClusterM, kClusterN, kSchedule};
     return register_gemm_kernel(
-        {KernelFamily::kSm90, tile, static_cast<int>(sizeof(Word)), &launch, &load});
+        {KernelFamily::kSm90, {kTileM, kTileN, kTileK, Schedule::kPingpong}, &launch, &load});
   }
 };
 

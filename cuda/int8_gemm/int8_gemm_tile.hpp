@@ -1,40 +1,88 @@
-// How a compiled GEMM instance is named.
+// How a compiled GEMM instance, and a way to launch it, are named.
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <string>
 
 namespace fastq::cuda {
 
 enum class KernelFamily { kSm80, kSm90 };
-enum class Schedule { kPingpong, kCooperative, kMultistage };
 
-// A compiled tile configuration, in the terms of CUTLASS: the block tile and the cluster.
+inline const char* family_name(KernelFamily family) {
+  return family == KernelFamily::kSm90 ? "sm90" : "sm80";
+}
+
+// kSwapped: the weight's rows are the MMA's (int8_gemm_sm90_swapped.cuh).
+enum class Schedule { kMultistage, kPingpong, kSwapped };
+
+inline const char* schedule_name(Schedule schedule) {
+  switch (schedule) {
+    case Schedule::kPingpong:
+      return "_pingpong";
+    case Schedule::kSwapped:
+      return "_swapped";
+    default:
+      return "";
+  }
+}
+
+// A compiled instance: the block's tile of out, and the bytes of K that a stage holds.
 struct TileConfig {
   int tile_m, tile_n, tile_k;
-  int cluster_m, cluster_n;
   Schedule schedule;
 
   friend bool operator==(const TileConfig& x, const TileConfig& y) {
     return x.tile_m == y.tile_m && x.tile_n == y.tile_n && x.tile_k == y.tile_k &&
-           x.cluster_m == y.cluster_m && x.cluster_n == y.cluster_n && x.schedule == y.schedule;
+           x.schedule == y.schedule;
   }
 };
 
-inline std::string config_name(const TileConfig& c) {
-  const char* schedule = c.schedule == Schedule::kPingpong      ? "_pingpong"
-                         : c.schedule == Schedule::kCooperative ? "_cooperative"
-                                                                : "";
-  std::string name = std::to_string(c.tile_m) + "x" + std::to_string(c.tile_n) + "x" +
-                     std::to_string(c.tile_k) + schedule;
-  if (c.cluster_m * c.cluster_n > 1) {
-    name += "_" + std::to_string(c.cluster_m) + "x" + std::to_string(c.cluster_n);
-  }
+// An instance and how it is launched; only a swapped one leaves a choice.
+struct GemmConfig {
+  KernelFamily family = KernelFamily::kSm80;
+  TileConfig tile{};
+  int width = 0;          // columns of out of a tile, a multiple of 8; 0: tile_n
+  int split_k = 1;        // blocks that share an output tile, each with a part of K
+  int blocks_per_sm = 1;  // of the persistent grid, 1 or 2
+};
+
+// "sm90/16x64x128_swapped_width32_blocks2": what FASTQ_KERNELS, the logs and the benchmarks call
+// it.
+inline std::string config_name(const GemmConfig& c) {
+  std::string name = family_name(c.family);
+  name += "/" + std::to_string(c.tile.tile_m) + "x" + std::to_string(c.tile.tile_n) + "x" +
+          std::to_string(c.tile.tile_k) + schedule_name(c.tile.schedule);
+  if (c.width > 0) name += "_width" + std::to_string(c.width);
+  if (c.split_k > 1) name += "_split" + std::to_string(c.split_k);
+  if (c.blocks_per_sm > 1) name += "_blocks" + std::to_string(c.blocks_per_sm);
   return name;
 }
 
+// The inverse. False when `name` is none.
+inline bool parse_config(const std::string& name, GemmConfig& c) {
+  c = GemmConfig{};
+  c.family = name.compare(0, 5, "sm90/") == 0 ? KernelFamily::kSm90 : KernelFamily::kSm80;
+  TileConfig& t = c.tile;
+  if (std::sscanf(name.c_str(), "sm%*2d/%dx%dx%d", &t.tile_m, &t.tile_n, &t.tile_k) != 3) {
+    return false;
+  }
+  for (const Schedule s : {Schedule::kPingpong, Schedule::kSwapped}) {
+    if (name.find(schedule_name(s)) != std::string::npos) t.schedule = s;
+  }
+  const auto option = [&name](const std::string& key, int& value) {
+    const size_t at = name.find(key);
+    if (at != std::string::npos) std::sscanf(name.c_str() + at + key.size(), "%d", &value);
+  };
+  option("_width", c.width);
+  option("_split", c.split_k);
+  option("_blocks", c.blocks_per_sm);
+  return config_name(c) == name;
+}
+
+inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+  return ceil_div(value, multiple) * multiple;
 }
 
 }  // namespace fastq::cuda

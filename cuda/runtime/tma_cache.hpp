@@ -1,4 +1,7 @@
 // A small cache of TMA descriptors, one per descriptor type and thread.
+//
+// Encoding a descriptor costs the host about as much as a launch. One depends on nothing but what
+// is in its key, so each is kept: weights, and buffers that the allocator gives again.
 #pragma once
 
 #include <cstddef>
@@ -12,9 +15,11 @@ namespace fastq::cuda {
 struct TmaKey {
   const void* data = nullptr;
   int64_t rows = 0, cols = 0, ld = 0;
+  int box_rows = 0;  // where the type does not fix the box
 
   friend bool operator==(const TmaKey& x, const TmaKey& y) {
-    return x.data == y.data && x.rows == y.rows && x.cols == y.cols && x.ld == y.ld;
+    return x.data == y.data && x.rows == y.rows && x.cols == y.cols && x.ld == y.ld &&
+           x.box_rows == y.box_rows;
   }
 };
 
@@ -32,6 +37,7 @@ Descriptor cached_tma(const TmaKey& key, const Make& make) {
   hash ^= static_cast<uint64_t>(key.rows) * 0x9E3779B97F4A7C15u;
   hash ^= static_cast<uint64_t>(key.cols) * 0xC2B2AE3D27D4EB4Fu;
   hash ^= static_cast<uint64_t>(key.ld) * 0x165667B19E3779F9u;
+  hash ^= static_cast<uint64_t>(key.box_rows) * 0x27D4EB2F165667C5u;
   hash *= 0x9E3779B97F4A7C15u;
   Slot& slot = slots[hash >> 54];
   if (slot.key.data == nullptr || !(slot.key == key)) {

@@ -1,5 +1,6 @@
 // The choice of a CUDA kernel for an INT8 GEMM is a pure function: it is tested without a GPU, and
 // without CUDA. In a build with the CUDA backend each configuration must also have its instances.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <set>
@@ -38,13 +39,6 @@ std::string text(const GemmShape& s, const GemmDevice& d) {
          std::to_string(d.sm_count) + " SMs";
 }
 
-bool is_listed(const TileConfig& tile) {
-  for (const TileConfig& listed : tiles::kAll) {
-    if (listed == tile) return true;
-  }
-  return false;
-}
-
 void every_choice_is_sound() {
   for (const GemmDevice& device : kDevices) {
     for (const int64_t M : kSizes) {
@@ -54,16 +48,18 @@ void every_choice_is_sound() {
             GemmShape s = shape(M, N, K);
             s.a_is_vectorizable = flags & 1;
             s.b_is_vectorizable = flags & 2;
-            s.out_is_vectorizable = flags & 4;
+            s.out_is_tma_storable = flags & 4;
             const bool forced_sm80 = flags & 8;
             const GemmChoice choice = select_config(s, device, forced_sm80);
             const std::string about = text(s, device) + ", flags " + std::to_string(flags);
-            EXPECT(is_listed(choice.tile), about);
-            const bool sm90 = choice.family == KernelFamily::kSm90;
-            EXPECT(sm90 == (device.cc_major == 9 && device.has_sm90a_code && !forced_sm80 &&
-                            s.out_is_vectorizable && K > 0),
+            EXPECT(std::string(config_problem(choice.config, s)).empty(), about);
+            const bool sm90 = choice.config.family == KernelFamily::kSm90;
+            EXPECT(sm90 == (device.cc_major == 9 && device.has_sm90a_code && !forced_sm80 && K > 0),
                    about);
-            EXPECT(sm90 == (choice.tile.schedule != Schedule::kMultistage), about);
+            EXPECT(sm90 == (choice.config.tile.schedule != Schedule::kMultistage), about);
+            GemmConfig parsed;
+            EXPECT(parse_config(config_name(choice.config), parsed), about);
+            EXPECT(config_name(parsed) == config_name(choice.config), about);
             EXPECT(sm90 == std::string(choice.reason).empty(), about);
             // A TMA load may go on to a multiple of 16 bytes: one operand must hold zeros there.
             const bool pad_a = sm90 && K % 16 != 0 && s.b_is_vectorizable;
@@ -100,32 +96,72 @@ void workspace_holds_the_copies() {
 }
 
 void tiles_fit_the_problem() {
-  for (const int64_t N : {int64_t{64}, int64_t{4096}, int64_t{11008}}) {
-    // A tile of 64 rows wastes the least of a short batch.
-    EXPECT(select_config(shape(1, N, 4096), kH200, false).tile.tile_m == 64, std::to_string(N));
-    EXPECT(select_config(shape(64, N, 4096), kH200, false).tile.tile_m == 64, std::to_string(N));
+  const auto config = [](int64_t M, int64_t N, int64_t K, const GemmDevice& device) {
+    return select_config(shape(M, N, K), device, false).config;
+  };
+  for (const int64_t N : {int64_t{64}, int64_t{4096}, int64_t{11008}, int64_t{28672}}) {
+    for (const int64_t M : {1, 8, 9, 16, 17, 32, 33, 64}) {
+      // A short batch is one tile of tokens, and wastes less than half of it.
+      const GemmConfig c = config(M, N, 4096, kH200);
+      EXPECT(c.tile.schedule == Schedule::kSwapped && c.tile.tile_m >= M, config_name(c));
+      EXPECT(c.tile.tile_m <= 2 * std::max<int64_t>(M, 8), config_name(c));
+    }
+  }
+  // Every multiprocessor has its share of the weight.
+  for (const int64_t N : {4096, 5120, 8192, 11008, 12288, 14336, 16384, 22016, 28672}) {
+    const GemmConfig c = config(16, N, 4096, kH200);
+    const int64_t width = c.width > 0 ? c.width : c.tile.tile_n;
+    const int64_t tiles = ceil_div(N, width) * c.split_k;
+    const int64_t turns = ceil_div(tiles, kH200.sm_count);
+    EXPECT(turns * kH200.sm_count * width <= N * c.split_k * 5 / 4, config_name(c));
   }
   for (const int64_t size : {int64_t{4096}, int64_t{8192}}) {
-    const TileConfig tile = select_config(shape(size, size, size), kH200, false).tile;
+    const TileConfig tile = config(size, size, size, kH200).tile;
     EXPECT(tile.tile_m * tile.tile_n >= 128 * 128, std::to_string(size));
   }
   // On the sm_80 side small tiles where large ones leave SMs without work.
-  EXPECT(select_config(shape(128, 128, 64), kA100, false).tile == tiles::kSm80Small, "one tile");
-  EXPECT(select_config(shape(8192, 8192, 64), kA100, false).tile == tiles::kSm80Large, "many");
+  EXPECT(config(128, 128, 64, kA100).tile == tiles::kSm80Small, "one tile");
+  EXPECT(config(8192, 8192, 64, kA100).tile == tiles::kSm80Large, "many");
 }
 
-// Not every Hopper has 132 SMs: a chip with fewer is full of large tiles earlier.
-void choice_follows_the_number_of_sms() {
-  int differ = 0;
-  for (int64_t M = 128; M <= 16384; M += 128) {
-    const GemmShape s = shape(M, 4096, 4096);
-    const TileConfig on_large = select_config(s, kH200, false).tile;
-    const TileConfig on_small = select_config(s, kSmallHopper, false).tile;
-    EXPECT(on_small.tile_m * on_small.tile_n >= on_large.tile_m * on_large.tile_n,
-           text(s, kSmallHopper));
-    differ += !(on_large == on_small);
+void names_are_parsed() {
+  GemmConfig c;
+  EXPECT(parse_config("sm90/16x64x128_swapped_width32_blocks2", c), "a whole name");
+  EXPECT(c.tile == tiles::swapped(16, 64) && c.width == 32 && c.blocks_per_sm == 2, "its fields");
+  for (const char* name : {"", "sm80", "sm90/", "sm70/64x64x128", "sm90/16x64x128_swapped_width",
+                           "sm90/16x64x128_swapped_blocks2_width32", "sm90/16x64x128_swapped2"}) {
+    EXPECT(!parse_config(name, c), name);
   }
-  EXPECT(differ > 0, "a sweep of M");
+}
+
+void bad_configurations_are_refused() {
+  const auto refused = [](const char* name, const GemmShape& s) {
+    GemmConfig c;
+    EXPECT(parse_config(name, c), name);
+    EXPECT(*config_problem(c, s) != '\0', name);
+  };
+  const GemmShape s = shape(16, 4096, 512);
+  refused("sm90/24x64x128_swapped", s);
+  refused("sm90/16x64x128_swapped_width72", s);
+  refused("sm90/16x64x128_swapped_width12", s);
+  refused("sm90/16x64x128_swapped_split9", s);
+  refused("sm90/16x64x128_swapped_split5", s);
+  refused("sm90/128x128x128_swapped_blocks2", s);
+  refused("sm90/128x128x128_pingpong_split2", s);
+  refused("sm80/128x128x64_split2", s);
+  GemmShape strided = s;
+  strided.out_is_tma_storable = false;
+  refused("sm90/128x128x128_pingpong", strided);
+}
+
+// Not every Hopper has 132 SMs: the share of a weight that one of them takes follows their number.
+void choice_follows_the_number_of_sms() {
+  for (const int64_t N : {4096, 8192, 11008}) {
+    const GemmShape s = shape(16, N, 4096);
+    const GemmConfig large = select_config(s, kH200, false).config;
+    const GemmConfig small = select_config(s, kSmallHopper, false).config;
+    EXPECT(config_name(large) != config_name(small), text(s, kSmallHopper));
+  }
 }
 
 // A problem whose operands lie as the tensor cores want them: w.t() of an (N, K) weight.
@@ -146,7 +182,7 @@ void shape_sees_how_the_operands_lie() {
     EXPECT(s.M == p.M && s.N == p.N && s.K == p.K, about);
     EXPECT(s.a_is_vectorizable == a, about);
     EXPECT(s.b_is_vectorizable == b, about);
-    EXPECT(s.out_is_vectorizable == out, about);
+    EXPECT(s.out_is_tma_storable == out, about);
   };
   using Problem = fastq::Int8GemmProblem;
   check("the good one", true, true, true, [](Problem&) {});
@@ -166,36 +202,35 @@ void shape_sees_how_the_operands_lie() {
   check("unaligned out", true, true, false,
         [](Problem& p) { p.out = static_cast<char*>(p.out) + 2; });
   check("rows of 100 bytes", true, true, false, [](Problem& p) { p.stride_om = 50; });
-  check("rows of 200 bytes", true, true, false, [](Problem& p) {
-    p.out_dtype = fastq::DType::kFloat32;
-    p.stride_om = 50;
-  });
-  check("rows of 208 bytes", true, true, true, [](Problem& p) {
-    p.out_dtype = fastq::DType::kFloat32;
-    p.stride_om = 52;
-  });
+  check("float32", true, true, false, [](Problem& p) { p.out_dtype = fastq::DType::kFloat32; });
+  check("an activation", true, true, false,
+        [](Problem& p) { p.activation = fastq::Activation::kRelu; });
+  check("a residual", true, true, false, [](Problem& p) { p.residual.data = p.a; });
+  check("a zero point", true, true, false, [](Problem& p) { p.zero_point.data = p.a; });
+}
+
+std::vector<GemmConfig> instances() {
+  std::vector<GemmConfig> list;
+  for (const TileConfig& tile : tiles::kSm80) list.push_back({KernelFamily::kSm80, tile});
+  for (const TileConfig& tile : tiles::kSm90) list.push_back({KernelFamily::kSm90, tile});
+  return list;
 }
 
 void names_tell_configurations_apart() {
   std::set<std::string> names;
-  for (const TileConfig& tile : tiles::kAll) names.insert(config_name(tile));
-  EXPECT(names.size() == std::size(tiles::kAll), "config_name");
-  EXPECT(names.count("64x64x128") == 1, "config_name");
+  for (const GemmConfig& config : instances()) names.insert(config_name(config));
+  EXPECT(names.size() == instances().size(), "config_name");
+  EXPECT(names.count("sm80/64x64x128") == 1, "config_name");
 }
 
 #ifdef FASTQ_TEST_CUDA_INSTANCES
-void every_configuration_has_its_instances() {
-  for (const TileConfig& tile : tiles::kAll) {
-    const bool sm80 = tile.schedule == Schedule::kMultistage;
-    if (!sm80 && !FASTQ_TEST_CUDA_SM90) continue;
-    for (const int output_bytes : {2, 4}) {
-      const GemmKernel* kernel =
-          find_gemm_kernel(sm80 ? KernelFamily::kSm80 : KernelFamily::kSm90, tile, output_bytes);
-      const std::string about =
-          config_name(tile) + " of " + std::to_string(output_bytes) + " bytes";
-      EXPECT(kernel != nullptr, about);
-      EXPECT(kernel == nullptr || (kernel->launch != nullptr && kernel->load != nullptr), about);
-    }
+void every_configuration_has_its_instance() {
+  for (const GemmConfig& config : instances()) {
+    if (config.family == KernelFamily::kSm90 && !FASTQ_TEST_CUDA_SM90) continue;
+    const GemmKernel* kernel = find_gemm_kernel(config.family, config.tile);
+    EXPECT(kernel != nullptr, config_name(config));
+    EXPECT(kernel == nullptr || (kernel->launch != nullptr && kernel->load != nullptr),
+           config_name(config));
   }
 }
 #endif
@@ -206,11 +241,13 @@ int main() {
   every_choice_is_sound();
   workspace_holds_the_copies();
   tiles_fit_the_problem();
+  names_are_parsed();
+  bad_configurations_are_refused();
   choice_follows_the_number_of_sms();
   shape_sees_how_the_operands_lie();
   names_tell_configurations_apart();
 #ifdef FASTQ_TEST_CUDA_INSTANCES
-  every_configuration_has_its_instances();
+  every_configuration_has_its_instance();
 #endif
   if (failures > 0) std::printf("%d failures\n", failures);
   return failures > 0;

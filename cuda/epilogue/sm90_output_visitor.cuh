@@ -1,5 +1,5 @@
-// The epilogue of the sm_90a GEMMs as one node of CUTLASS's epilogue visitor tree: takes the int32
-// accumulators and gives output words (see dequantize.cuh for the arithmetic).
+// The plain output of output.cuh (scales, a bias, 16-bit floats) as one node of CUTLASS's epilogue
+// visitor tree: takes the int32 accumulators and gives output words.
 //
 // scale_a, scale_b and bias of the tile are first gathered into shared memory, which is where any
 // stride, a scalar (stride 0), any dtype and the matrix's edge are dealt with; the loop over the
@@ -11,12 +11,12 @@
 #include <cute/tensor.hpp>
 #include <cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp>
 
-#include "epilogue/dequantize.cuh"
+#include "epilogue/output.cuh"
 
 namespace fastq::cuda {
 
-template <class CtaTileMNK, class Word>
-struct Sm90DequantizeVisitor {
+template <class CtaTileMNK>
+struct Sm90OutputVisitor {
   static constexpr int kTileM = cute::size<0>(CtaTileMNK{});
   static constexpr int kTileN = cute::size<1>(CtaTileMNK{});
 
@@ -25,8 +25,8 @@ struct Sm90DequantizeVisitor {
     alignas(16) float scale_b[kTileN];
     alignas(16) float bias[kTileN];
   };
-  using Arguments = DequantizeParams;
-  using Params = DequantizeParams;
+  using Arguments = OutputParams;
+  using Params = OutputParams;
 
   template <class ProblemShape>
   static constexpr Params to_underlying_arguments(const ProblemShape&, const Arguments& args,
@@ -47,8 +47,8 @@ struct Sm90DequantizeVisitor {
     return cutlass::Status::kSuccess;
   }
 
-  CUTLASS_HOST_DEVICE Sm90DequantizeVisitor() {}
-  CUTLASS_HOST_DEVICE Sm90DequantizeVisitor(const Params& p, const SharedStorage& storage)
+  CUTLASS_HOST_DEVICE Sm90OutputVisitor() {}
+  CUTLASS_HOST_DEVICE Sm90OutputVisitor(const Params& p, const SharedStorage& storage)
       : params(&p), shared(const_cast<SharedStorage*>(&storage)) {}
 
   const Params* params = nullptr;
@@ -88,13 +88,23 @@ struct Sm90DequantizeVisitor {
     int first_m, first_n;                // this thread's first element within the tile
     int thread_index, thread_count;
 
+    // All loads come before the stores: a store to shared memory would hold the next load up.
     CUTLASS_DEVICE void begin() {
-      for (int i = thread_index; i < kTileM; i += thread_count) {
-        shared->scale_a[i] = load_or(params->scale_a, tile_m + i, size_m, 0.0f);
+      constexpr int kThreads = 128;  // a warpgroup has at least this many
+      constexpr int kMost = (cute::max(kTileM, kTileN) + kThreads - 1) / kThreads;
+      float scale_a[kMost], scale_b[kMost], bias[kMost];
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kMost; ++i) {
+        const int at = thread_index + i * thread_count;
+        scale_a[i] = load_or_zero(params->scale_a, tile_m + at, size_m);
+        scale_b[i] = load_or_zero(params->scale_b, tile_n + at, size_n);
+        bias[i] = load_or_zero(params->bias, tile_n + at, size_n);
       }
-      for (int i = thread_index; i < kTileN; i += thread_count) {
-        shared->scale_b[i] = load_or(params->scale_b, tile_n + i, size_n, 0.0f);
-        shared->bias[i] = load_or(params->bias, tile_n + i, size_n, 0.0f);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kMost; ++i) {
+        const int at = thread_index + i * thread_count;
+        if (at < kTileM) shared->scale_a[at] = scale_a[i];
+        if (at < kTileN) shared->scale_b[at] = scale_b[i], shared->bias[at] = bias[i];
       }
     }
 
@@ -102,18 +112,18 @@ struct Sm90DequantizeVisitor {
     CUTLASS_DEVICE bool begin_sync_needed() const { return true; }
 
     template <class Accumulator, int kSize>
-    CUTLASS_DEVICE cutlass::Array<Word, kSize> visit(const cutlass::Array<Accumulator, kSize>& acc,
-                                                     int epi_v, int epi_m, int epi_n) {
-      cutlass::Array<Word, kSize> out;
+    CUTLASS_DEVICE cutlass::Array<uint16_t, kSize> visit(
+        const cutlass::Array<Accumulator, kSize>& acc, int epi_v, int epi_m, int epi_n) {
+      cutlass::Array<uint16_t, kSize> out;
       const bool has_bias = params->bias.data != nullptr;
       auto coords_mn = coords(cute::_, cute::_, cute::_, epi_m, epi_n);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kSize; ++i) {
         const auto mn = coords_mn(epi_v * kSize + i);
         const int m = first_m + cute::get<0>(mn), n = first_n + cute::get<1>(mn);
-        const float value =
-            dequantize(acc[i], shared->scale_a[m], shared->scale_b[n], shared->bias[n], has_bias);
-        out[i] = output_word<Word>(acc[i], value, params->kind);
+        out[i] = narrow(
+            scale_sum(acc[i], shared->scale_a[m], shared->scale_b[n], shared->bias[n], has_bias),
+            params->dtype);
       }
       return out;
     }

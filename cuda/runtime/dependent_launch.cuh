@@ -1,0 +1,24 @@
+// Programmatic dependent launch: a kernel launched with the attribute may start while the one
+// before it in its stream still runs.
+//
+// Every kernel so launched waits before it touches global memory, and only then lets the next one
+// start: whatever ran before its predecessor has finished by then as well. A launch without the
+// attribute waits for everything, as ever.
+#pragma once
+
+namespace fastq::cuda {
+
+// What came before in the stream has finished, and its writes are visible.
+__device__ inline void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void let_successor_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace fastq::cuda
