@@ -116,9 +116,9 @@ inline GemmConfig select_swapped_config(const GemmShape& s, const GemmDevice& de
     config.width = static_cast<int>(std::max<int64_t>(share, 16));
     config.blocks_per_sm = tokens <= 32 ? 2 : 1;
     if (tokens == 64) config.width = ceil_div(s.N, 64) * 2 > device.sm_count ? int(share) : 64;
-    // A narrow weight: share K too.
-    while (config.split_k < 8 &&
-           ceil_div(s.N, config.width) * config.split_k * 2 <= device.sm_count &&
+    // A narrow weight: share K too, though half of the multiprocessors do without it as well.
+    const int64_t tiles = ceil_div(s.N, config.width);
+    while (config.split_k < 8 && 4 * tiles * config.split_k <= device.sm_count &&
            k_tiles >= 8 * config.split_k) {
       config.split_k *= 2;
     }
@@ -145,17 +145,21 @@ inline GemmConfig select_swapped_config(const GemmShape& s, const GemmDevice& de
   return config;
 }
 
-// A wave of 64x128 tiles takes 0.6 of one of 128x128.
+// Waves of tiles, each as long as the tile; one of 64x128 takes 0.6 of one of 128x128. A cluster
+// has two tiles along M: where their number is odd, one computes nothing and still delays the
+// others.
 inline GemmConfig select_sm90_config(const GemmShape& s, const GemmDevice& device) {
   const bool few = s.M <= 64 || (s.M <= 128 && 2 * ceil_div(s.N, 64) <= device.sm_count);
   if (few || !s.out_is_tma_storable) return select_swapped_config(s, device);
+  const auto cost = [&](const TileConfig& tile, double of_wave) {
+    const int64_t rows = ceil_div(s.M, tile.tile_m);
+    const int64_t waves = ceil_div(round_up(rows, 2) * ceil_div(s.N, tile.tile_n), device.sm_count);
+    const double odd = rows % 2 == 1 ? 1.0 + 0.75 / static_cast<double>(rows) : 1.0;
+    return of_wave * static_cast<double>(waves) * odd;
+  };
   GemmConfig config;
   config.family = KernelFamily::kSm90;
-  // A cluster has two tiles along M.
-  const auto waves = [&](int tile_m) {
-    return ceil_div(round_up(ceil_div(s.M, tile_m), 2) * ceil_div(s.N, 128), device.sm_count);
-  };
-  const bool medium = 0.6 * static_cast<double>(waves(64)) < static_cast<double>(waves(128));
+  const bool medium = cost(tiles::kSm90Medium, 0.6) < cost(tiles::kSm90Large, 1.0);
   config.tile = medium ? tiles::kSm90Medium : tiles::kSm90Large;
   return config;
 }
