@@ -12,6 +12,10 @@
 //   width   the channels of a tile are a run-time number, up to those of the instance. It is chosen
 //           so that every multiprocessor has the same share of the weight; the rest of the MMA
 //           computes on whatever lies in shared memory, and is dropped.
+//   edges   TMA is slow where a box leaves the matrix. So the last tile begins as far back as it
+//   must
+//           to end with the matrix, and leaves to its neighbour what that one writes; a matrix that
+//           is smaller than a tile gets smaller boxes.
 //   split-K the blocks of a cluster share one tile, each with a part of K. Their int32 sums meet in
 //           distributed shared memory, where each block adds up and writes some of the tokens. The
 //           sums are exact, so the order does not matter.
@@ -38,7 +42,8 @@ namespace fastq::cuda {
 struct SwappedParams {
   CUtensorMap a, b;  // tokens and channels
   int tiles_m, tiles_n;
-  int width;  // channels of a tile: a multiple of 8
+  int width;         // channels of a tile: a multiple of 8
+  int box_m, box_n;  // tokens and channels that are loaded for a tile
   int k_tiles, stages;
   int split_k;
   OutputParams output;
@@ -117,7 +122,7 @@ struct SwappedTiles {
         rank(p.split_k == 1 ? 0 : static_cast<int>(cute::block_rank_in_cluster())) {}
   __device__ bool has_tile() const { return index < p.tiles_m * p.tiles_n; }
   __device__ void next() { index += gridDim.x / p.split_k; }
-  // Its first token and channel.
+  // The first token and channel that it writes.
   __device__ int2 origin(int tile_m) const {
     constexpr int kGroup = 16;
     const int per_group = kGroup * p.tiles_m;
@@ -125,6 +130,11 @@ struct SwappedTiles {
     const int group = min(kGroup, p.tiles_n - first);
     const int in_group = index % per_group;
     return {in_group / group * tile_m, (first + in_group % group) * p.width};
+  }
+  // The first token and channel that are loaded for it; the latter stays a multiple of 8.
+  __device__ int2 box(int2 origin) const {
+    const int last_n = p.output.N % 8 == 0 ? p.output.N - p.box_n : origin.y;
+    return {min(origin.x, p.output.M - p.box_m), min(origin.y, last_n)};
   }
   __device__ int first_k() const { return rank * p.k_tiles / p.split_k; }
   __device__ int last_k() const { return (rank + 1) * p.k_tiles / p.split_k; }
@@ -136,14 +146,15 @@ template <class Traits>
 __device__ inline void swapped_produce(const SwappedParams& p, typename Traits::Shared& shared,
                                        const int8_t* stages, bool brings_b) {
   const CUtensorMap* map = brings_b ? &p.b : &p.a;
-  const uint32_t bytes = (brings_b ? p.width : Traits::kTileM) * Traits::kTileK;
+  const uint32_t bytes = (brings_b ? p.box_n : p.box_m) * Traits::kTileK;
+  const uint32_t stride = (brings_b ? p.width : Traits::kTileM) * Traits::kTileK;
   const uint32_t target = cute::cast_smem_ptr_to_uint(stages);
   const uint32_t full = cute::cast_smem_ptr_to_uint(shared.full);
   RingPosition at{p.stages};
   at.phase = 1;  // a fresh ring is empty
   for (SwappedTiles tiles(p); tiles.has_tile(); tiles.next()) {
-    const int2 origin = tiles.origin(Traits::kTileM);
-    const int row = brings_b ? origin.y : origin.x;
+    const int2 box = tiles.box(tiles.origin(Traits::kTileM));
+    const int row = brings_b ? box.y : box.x;
     const int last = tiles.last_k() * Traits::kTileK;
 #pragma unroll 1
     for (int k = tiles.first_k() * Traits::kTileK; k < last; k += Traits::kTileK, at.next()) {
@@ -154,7 +165,7 @@ __device__ inline void swapped_produce(const SwappedParams& p, typename Traits::
                    : "memory");
       asm volatile(
           "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-          " [%0], [%1, {%2, %3}], [%4];\n" ::"r"(target + at.stage * bytes),
+          " [%0], [%1, {%2, %3}], [%4];\n" ::"r"(target + at.stage * stride),
           "l"(map), "r"(k), "r"(row), "r"(barrier)
           : "memory");
     }
@@ -209,10 +220,11 @@ __device__ inline void swapped_accumulate(const SwappedParams& p, typename Trait
 
 // What a warpgroup writes: its part of a tile.
 struct SwappedPart {
-  int m0, n0;   // the first token and channel
-  int n_end;    // past the last channel
-  int lane128;  // this thread in the warpgroup
-  int barrier;  // the warpgroup's named barrier
+  int m0, n0;            // the first token and channel of the accumulators
+  int m_begin, n_begin;  // the first ones to write
+  int n_end;             // past the last channel
+  int lane128;           // this thread in the warpgroup
+  int barrier;           // the warpgroup's named barrier
 
   __device__ void sync() const { cutlass::arch::NamedBarrier::sync(128, barrier); }
 };
@@ -259,9 +271,10 @@ __device__ inline void swapped_write(const OutputParams& p,
       });
     });
     part.sync();
-    if (n >= part.n_end) continue;
+    if (n < part.n_begin || n >= part.n_end) continue;
 #pragma unroll 1
     for (int row = part.lane128 / 8; row < count; row += 16) {
+      if (part.m0 + first + row < part.m_begin) continue;
       int32_t values[8];
       const int4* source = reinterpret_cast<const int4*>(&sums[row][in_tile]);
       *reinterpret_cast<int4*>(values) = source[0];
@@ -345,9 +358,10 @@ __device__ inline void swapped_write_plain(const OutputParams& p,
 #pragma unroll
     for (int i = 0; i < (kLines + 15) / 16; ++i) {
       const int line = part.lane128 / 8 + 16 * i;
-      if (line >= count || n >= part.n_end) continue;
+      const int m = part.m0 + first + line;
+      if (line >= count || m < part.m_begin || n < part.n_begin || n >= part.n_end) continue;
       const uint4 words = staging.lines[line][piece ^ (line % 8)];
-      uint16_t* out = static_cast<uint16_t*>(p.out) + (part.m0 + first + line) * p.stride_om + n;
+      uint16_t* out = static_cast<uint16_t*>(p.out) + m * p.stride_om + n;
       if (n + 8 <= p.N) {
         *reinterpret_cast<uint4*>(out) = words;
         continue;
@@ -377,15 +391,16 @@ __device__ inline int4 load_cluster(const void* shared, uint32_t rank) {
 // The blocks of a split-K cluster add their sums up, each for some of the tokens.
 template <class Traits>
 __device__ inline void swapped_reduce(const OutputParams& p, typename Traits::SplitSums& sums,
-                                      int m0, int n0, int n_end, int rank, int split_k, int thread,
-                                      const OutputColumns& columns) {
+                                      int2 box, int2 origin, int n_end, int rank, int split_k,
+                                      int thread, const OutputColumns& columns) {
   constexpr int kPerRow = Traits::kTileN / 8;
-  const int in_tile = thread % kPerRow * 8, n = n0 + in_tile;
-  const int rows = min(Traits::kTileM, p.M - m0);
-  if (n >= n_end) return;
+  const int in_tile = thread % kPerRow * 8, n = box.y + in_tile;
+  const int rows = min(Traits::kTileM, p.M - box.x);
+  if (n < origin.y || n >= n_end) return;
   for (int row = rank + split_k * (thread / kPerRow); row < rows;
        row += split_k * (Traits::kConsumers / kPerRow)) {
-    const OutputRow output_row = load_row(p, m0 + row);
+    if (box.x + row < origin.x) continue;
+    const OutputRow output_row = load_row(p, box.x + row);
     int32_t values[8] = {};
 #pragma unroll 4
     for (int i = 0; i < split_k; ++i) {
@@ -394,7 +409,7 @@ __device__ inline void swapped_reduce(const OutputParams& p, typename Traits::Sp
       values[0] += x.x, values[1] += x.y, values[2] += x.z, values[3] += x.w;
       values[4] += y.x, values[5] += y.y, values[6] += y.z, values[7] += y.w;
     }
-    store_row(p, columns, output_row, m0 + row, n, values);
+    store_row(p, columns, output_row, box.x + row, n, values);
   }
 }
 
@@ -441,22 +456,23 @@ __global__ void __launch_bounds__(128 * kWarpgroups + 128,
     RingPosition at{p.stages};
     for (SwappedTiles tiles(p); tiles.has_tile(); tiles.next()) {
       const int2 origin = tiles.origin(Traits::kTileM);
+      const int2 box = tiles.box(origin);
       const int n_end = min(p.output.N, origin.y + p.width);
       if (p.split_k > 1) {
         OutputColumns columns;  // read ahead of the main loop, which hides the latency
-        const int n = origin.y + thread % (Traits::kTileN / 8) * 8;
+        const int n = box.y + thread % (Traits::kTileN / 8) * 8;
         if (n < n_end) load_columns(p.output, n, columns);
         swapped_accumulate<Traits>(p, shared, stages_b, stages_a, tiles.last_k() - tiles.first_k(),
                                    at, thread, acc);
         auto& sums = *reinterpret_cast<typename Traits::SplitSums*>(stages_b);
         NamedBarrier::sync(Traits::kConsumers, 1);  // nobody reads the stages now
-        const int rows = p.output.M - origin.x;
+        const int rows = p.output.M - box.x;
         for_each_sum<0, kTokens>(lane128, [&](int i, int channel, int token) {
           if (token < rows) sums[token][64 * warpgroup + channel] = acc(i);
         });
         cute::cluster_sync();
-        swapped_reduce<Traits>(p.output, sums, origin.x, origin.y, n_end, tiles.rank, p.split_k,
-                               thread, columns);
+        swapped_reduce<Traits>(p.output, sums, box, origin, n_end, tiles.rank, p.split_k, thread,
+                               columns);
         cute::cluster_sync();  // the others may still read here
         continue;
       }
@@ -465,15 +481,15 @@ __global__ void __launch_bounds__(128 * kWarpgroups + 128,
       OutputRow rows[(kTokens + 127) / 128];
 #pragma unroll
       for (int i = 0; i < (kTokens + 127) / 128; ++i) {
-        const int m = origin.x + 128 * i + lane128;
+        const int m = box.x + 128 * i + lane128;
         if (m < p.output.M) rows[i] = load_row(p.output, m);
       }
-      const int n0 = origin.y + 64 * warpgroup;
+      const int n0 = box.y + 64 * warpgroup;
       SwappedPlainColumns columns;
       if (p.output.is_plain) columns.load(p.output, n0, lane128);
       swapped_accumulate<Traits>(p, shared, stages_b, stages_a, p.k_tiles, at, thread, acc);
 
-      const SwappedPart part{origin.x, n0, n_end, lane128, 1 + warpgroup};
+      const SwappedPart part{box.x, n0, origin.x, origin.y, n_end, lane128, 1 + warpgroup};
       auto& staging = shared.staging[warpgroup];
       part.sync();  // the tile before has been read
 #pragma unroll
@@ -513,8 +529,10 @@ struct Sm90SwappedGemm {
     const GemmConfig& c = *launch.config;
     const int width = c.width > 0 ? c.width : Traits::kTileN;
     SwappedParams params;
-    params.a = cached_operand_map({launch.a, p.M, p.K, launch.ld_a, kTokens});
-    params.b = cached_operand_map({launch.b, p.N, p.K, launch.ld_b, width});
+    params.box_m = static_cast<int>(std::min<int64_t>(kTokens, p.M));
+    params.box_n = static_cast<int>(std::min<int64_t>(width, p.N));
+    params.a = cached_operand_map({launch.a, p.M, p.K, launch.ld_a, params.box_m});
+    params.b = cached_operand_map({launch.b, p.N, p.K, launch.ld_b, params.box_n});
     params.tiles_m = static_cast<int>(ceil_div(p.M, kTokens));
     params.tiles_n = static_cast<int>(ceil_div(p.N, width));
     params.width = width;

@@ -77,6 +77,21 @@ def test_every_configuration_takes_padded_and_odd_operands(monkeypatch):
             reference.assert_same(got, expected)
 
 
+def test_every_configuration_adds_to_the_residual_in_place(monkeypatch):
+    """Tiles overlap at the edges: what two of them compute, one writes."""
+    for M, N, K in ((5, 40, 400), (70, 200, 1168), (131, 264, 272)):
+        a, b, sa, sb = random_gemm(M, N, K, device=torch.device("cuda"), out_dtype=torch.float32)
+        residual = torch.randn(M, N, device="cuda")
+        cpu = [t.cpu() for t in (a, b, sa, sb)]
+        expected = fastq.int8_gemm(*cpu, residual=residual.cpu(), out_dtype=torch.float32)
+        for name in configurations():
+            if runs_here(name) and fits(name, (M, N, K), plain=False):
+                monkeypatch.setenv("FASTQ_KERNELS", name)
+                out = residual.clone()
+                fastq.int8_gemm(a, b, sa, sb, residual=out, out=out)
+                assert torch.equal(out.cpu(), expected), name
+
+
 def test_a_rows_bits_do_not_depend_on_its_batch(monkeypatch):
     """Alone, among 512 rows, and under every configuration."""
     M, N, K = 512, 264, 1040
