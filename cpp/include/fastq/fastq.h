@@ -152,7 +152,7 @@ FASTQ_API fastq_status fastq_int8_gemm_workspace_size(const fastq_int8_gemm_args
 FASTQ_API fastq_status fastq_int8_gemm(const fastq_int8_gemm_args* args);
 
 /* Names the kernel and configuration that fastq_int8_gemm would take, as "cpu/amx/packed" or
- * "cuda/sm90/128x128x128_pingpong_2x1". Writes at most `size` bytes, the final 0 included. */
+ * "cuda/sm90/128x128x128_pingpong". Writes at most `size` bytes, the final 0 included. */
 FASTQ_API fastq_status fastq_int8_gemm_describe(const fastq_int8_gemm_args* args, char* text,
                                                 size_t size);
 
