@@ -39,7 +39,7 @@ class DeviceGuard {
   int previous_ = 0, device_ = 0;
 };
 
-// The architectures this build has code for, as CMake was told: "80;90a".
+// The architectures this build has code for, "80,90a".
 std::string built_archs();
 bool built_for_sm90a();
 
