@@ -551,8 +551,7 @@ struct Sm90SwappedGemm {
         params.stages * Traits::stage_bytes(width) + sizeof(typename Traits::Shared);
     config.stream = launch.stream;
     cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[0] = dependent_launch();
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim = {static_cast<unsigned>(c.split_k), 1, 1};
     config.attrs = attributes;

@@ -3,10 +3,22 @@
 //
 // Every kernel so launched waits before it touches global memory, and only then lets the next one
 // start: whatever ran before its predecessor has finished by then as well. A launch without the
-// attribute waits for everything, as ever.
+// attribute waits for everything, as ever. Code compiled for less than kDependentLaunchArch cannot
+// wait, so it must be launched without, wherever it runs.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 namespace fastq::cuda {
+
+constexpr int kDependentLaunchArch = 90;
+
+inline cudaLaunchAttribute dependent_launch() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
 
 // What came before in the stream has finished, and its writes are visible.
 __device__ inline void wait_for_predecessor() {

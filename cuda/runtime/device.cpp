@@ -10,8 +10,6 @@
 namespace fastq::cuda {
 namespace {
 
-constexpr int kMaxDevices = 64;
-
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
@@ -56,6 +54,7 @@ DeviceProps read_props(int device) {
   cudaDeviceProp full;
   check(cudaGetDeviceProperties(&full, device), "reading the device properties");
   props.name = full.name;
+  props.index = device;
   return props;
 }
 
@@ -111,9 +110,10 @@ bool register_loader(void (*load)(const DeviceProps&)) {
   return true;
 }
 
-void load_kernel(const void* kernel) {
+int load_kernel(const void* kernel) {
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, kernel), "loading a kernel");
+  return attributes.ptxVersion;
 }
 
 DeviceGuard::DeviceGuard(int device) : device_(device) {

@@ -10,12 +10,15 @@ namespace fastq::cuda {
 // Throws the CUDA message, with what was being done; explains the cases that a user can mend.
 void check(cudaError_t error, const char* doing);
 
+constexpr int kMaxDevices = 64;
+
 struct DeviceProps {
   int cc_major = 0, cc_minor = 0;
   int sm_count = 0;
   int shared_memory_per_block = 0;  // the most a block may opt in to, bytes
   int l2_bytes = 0;
   std::string name;
+  int index = 0;
 };
 
 // Read once per device. The first call initialises CUDA.
@@ -25,7 +28,9 @@ const DeviceProps& device_props(int device);
 // of kernels registers how its own are loaded (from a static initialiser), and the first op on a
 // device loads them all.
 bool register_loader(void (*load)(const DeviceProps&));
-void load_kernel(const void* kernel);
+// The result is the architecture that the kernel's code was compiled for, such as 90: lower than
+// the device's where the driver compiled it from PTX.
+int load_kernel(const void* kernel);
 
 // Makes `device` current for a scope; the first scope on a device loads every kernel there.
 class DeviceGuard {

@@ -23,6 +23,7 @@ _OPTIONAL_ARGS = frozenset(
     ("sa", "sb", "bias", "out", "residual", "zero_point", "column_sums", "out_scale")
 )
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ROTATIONS = (0, 2, 4, 8, 16, 32)
 
 
 class PackedWeight(NamedTuple):
@@ -54,8 +55,8 @@ _library.define(
     "int8_gemm.out(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, "
     f"SymInt[]? packed_shape, Tensor(a!) out, {_OPTIONS}) -> ()"
 )
-_library.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
-_library.define("quantize_per_channel(Tensor w) -> (Tensor, Tensor)")
+_library.define("quantize_per_token(Tensor x, int rotation=0) -> (Tensor, Tensor)")
+_library.define("quantize_per_channel(Tensor w, int rotation=0) -> (Tensor, Tensor)")
 _library.define("dequantize(Tensor q, Tensor s, ScalarType out_dtype) -> Tensor")
 _library.define("dequantize.out(Tensor q, Tensor s, Tensor(a!) out) -> ()")
 
@@ -102,29 +103,29 @@ def _int8_gemm_fake(a, b, sa, sb, bias, out_dtype, packed_shape, *options):
     return a.new_empty(shape, dtype=out_dtype)
 
 
-def _quantize(entry, x):
+def _quantize(entry, x, rotation):
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     per_token = entry is _core.quantize_per_token
     shape = (*x.shape[:-1], 1) if per_token else x.shape[:-1]
     s = torch.empty(shape, dtype=torch.float32, device=x.device)
-    entry(x, q, s)
+    entry(x, q, s, rotation)
     return q, s
 
 
-def _quantize_per_token(x):
-    return _quantize(_core.quantize_per_token, x)
+def _quantize_per_token(x, rotation=0):
+    return _quantize(_core.quantize_per_token, x, rotation)
 
 
-def _quantize_per_channel(w):
-    return _quantize(_core.quantize_per_channel, w)
+def _quantize_per_channel(w, rotation=0):
+    return _quantize(_core.quantize_per_channel, w, rotation)
 
 
-def _quantize_per_token_fake(x):
+def _quantize_per_token_fake(x, rotation=0):
     q = x.new_empty(x.shape, dtype=torch.int8)
     return q, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-def _quantize_per_channel_fake(w):
+def _quantize_per_channel_fake(w, rotation=0):
     return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(w.shape[:-1], dtype=torch.float32)
 
 
@@ -212,6 +213,23 @@ def _check_dtype(op: str, dtype: Any, allowed: tuple[torch.dtype, ...]) -> None:
 def _check_out_dtype(op: str, out: Any, out_dtype: torch.dtype | None) -> None:
     if out_dtype is not None and isinstance(out, Tensor) and out_dtype != out.dtype:
         raise TypeError(f"{op}: out has dtype {out.dtype}, expected out_dtype = {out_dtype}")
+
+
+def check_rotation(op: str, rotation: Any) -> None:
+    """Raises unless `rotation` is one that :func:`quantize_per_token` takes."""
+    if not isinstance(rotation, int):
+        raise TypeError(f"{op}: rotation is a {type(rotation).__name__}, expected an int")
+    if rotation not in _ROTATIONS:
+        raise ValueError(f"{op}: rotation is {rotation}, expected 0, 2, 4, 8, 16 or 32")
+
+
+def _check_rotation_of(op: str, name: str, x: Tensor, rotation: Any) -> None:
+    check_rotation(op, rotation)
+    if x.shape[-1] % rotation != 0:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(x.shape)}, expected a last size that is a multiple of "
+            f"rotation = {rotation}"
+        )
 
 
 def _as_scale(value: Tensor | float | None, like: Tensor) -> Tensor | None:
@@ -386,34 +404,52 @@ def pack_weight(b: Tensor) -> PackedWeight:
     return PackedWeight(data, b.shape[0], b.shape[1])
 
 
-def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_per_token(x: Tensor, *, rotation: int = 0) -> tuple[Tensor, Tensor]:
     """Symmetric INT8 quantisation with one dynamic scale per token (row of the last dimension).
 
     ``s = absmax / 127`` (1 for a row of zeros), ``q = round_half_even(x / s)`` within +-127. A row
     with a NaN or an Inf gets that scale and ``q = 0``, so what follows shows NaN.
 
+    With a rotation R, each R consecutive elements of a row are first replaced, in float32, by
+    their product with the Hadamard matrix of order R (Sylvester's, entries +-1)::
+
+        H[1] = [1],  H[2n] = [[H[n], H[n]], [H[n], -H[n]]]
+        x[R*i : R*(i+1)] = x[R*i : R*(i+1)] @ H[R]
+
+    which spreads an outlier over its block, so that it costs the rest of the row less precision.
+    ``H @ H == R * I``: where x and w were both rotated, ``x @ w.t()`` is R times what it was, and
+    ``s / R`` as the scale of one of them brings the plain product back. Rotated values that
+    overflow float32 count as Inf.
+
     Args:
         x: float32, float16 or bfloat16 ``(..., K)``, any strides.
+        rotation: 0 (none), 2, 4, 8, 16 or 32; K is a multiple of it.
 
     Returns:
         ``q`` int8 like x (contiguous) and ``s`` float32 ``x.shape[:-1] + (1,)``.
 
     Raises:
-        ValueError, TypeError: as :func:`int8_gemm`.
+        ValueError, TypeError: as :func:`int8_gemm`; another rotation, or one that does not divide
+            K.
 
-    Source: ZeroQuant (Yao et al., 2022), token-wise quantisation.
+    Source: ZeroQuant (Yao et al., 2022), token-wise quantisation; QuaRot (Ashkboos et al., 2024),
+    Hadamard rotation, here in blocks.
     """
     _check_tensors("quantize_per_token", x=x)
     if x.dim() < 1:
         raise ValueError("quantize_per_token: x has shape (), expected (..., K)")
-    return _quantize_per_token(x) if _is_direct(x) else _quantize_per_token_op(x)
+    if rotation != 0:
+        _check_rotation_of("quantize_per_token", "x", x, rotation)
+    return (_quantize_per_token if _is_direct(x) else _quantize_per_token_op)(x, rotation)
 
 
-def quantize_per_channel(w: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_per_channel(w: Tensor, *, rotation: int = 0) -> tuple[Tensor, Tensor]:
     """Symmetric INT8 quantisation of a weight with one scale per output channel (row).
 
     Args:
         w: float32, float16 or bfloat16 ``(N, K)``, any strides, as ``nn.Linear.weight``.
+        rotation: of the rows, as in :func:`quantize_per_token`, which rotates x to match: pass
+            ``s / rotation`` to :func:`int8_gemm`.
 
     Returns:
         ``q`` int8 ``(N, K)`` (contiguous) and ``s`` float32 ``(N,)``; ``q.t()`` and ``s`` are what
@@ -425,7 +461,9 @@ def quantize_per_channel(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_tensors("quantize_per_channel", w=w)
     if w.dim() != 2:
         raise ValueError(f"quantize_per_channel: w has shape {tuple(w.shape)}, expected (N, K)")
-    return _quantize_per_channel(w) if _is_direct(w) else _quantize_per_channel_op(w)
+    if rotation != 0:
+        _check_rotation_of("quantize_per_channel", "w", w, rotation)
+    return (_quantize_per_channel if _is_direct(w) else _quantize_per_channel_op)(w, rotation)
 
 
 def dequantize(

@@ -78,6 +78,8 @@ class QuantizeArgs(ctypes.Structure):
         ("q", Tensor),
         ("scale", Tensor),
         ("stream", ctypes.c_void_p),
+        ("rotation", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     )
 
 

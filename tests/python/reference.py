@@ -140,9 +140,24 @@ def int8_gemm_bounds(
         return tuple(_finish(bound, residual, out_dtype, out_scale) for bound in (low, high))
 
 
-def quantize(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def rotate(values: np.ndarray, rotation: int) -> np.ndarray:
+    """Each group of `rotation` elements times the Hadamard matrix of that order, by its recursion:
+    the halves transformed, their sum beside their difference. float32, each operation rounded."""
+
+    def transform(group: np.ndarray) -> np.ndarray:
+        if group.shape[-1] == 1:
+            return group
+        a, b = map(transform, np.split(group, 2, axis=-1))
+        return np.concatenate([a + b, a - b], axis=-1)
+
+    groups = values.reshape(*values.shape[:-1], values.shape[-1] // rotation, rotation)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return transform(groups).reshape(values.shape)
+
+
+def quantize(x: torch.Tensor, rotation: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """x (..., K) -> q int8 like x, s float32 x.shape[:-1]; one float32 division per element."""
-    values = to_numpy(x)
+    values = to_numpy(x) if rotation == 0 else rotate(to_numpy(x), rotation)
     absmax = np.abs(values).max(axis=-1, initial=0)  # np.max keeps NaN
     finite = np.isfinite(absmax)
     s = np.where(absmax == 0, np.float32(1), np.maximum(absmax / np.float32(127), FLT_MIN))

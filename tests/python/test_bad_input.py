@@ -287,6 +287,30 @@ def test_quantize_refuses(device, op, change, error, message):
         getattr(fastq, op)(change(torch.ones(3, 4, device=device)))
 
 
+@pytest.mark.parametrize("op", ["quantize_per_token", "quantize_per_channel"])
+@pytest.mark.parametrize(
+    ("rotation", "error", "message"),
+    [
+        (1, ValueError, "rotation is 1, expected 0, 2, 4, 8, 16 or 32"),
+        (3, ValueError, "rotation is 3, expected"),
+        (64, ValueError, "rotation is 64, expected"),
+        (-32, ValueError, "rotation is -32, expected"),
+        (8.0, TypeError, "rotation is a float, expected an int"),
+        ("8", TypeError, "rotation is a str, expected an int"),
+        (None, TypeError, "rotation is a NoneType, expected an int"),
+        (8, ValueError, "{} has shape (3, 20), expected a last size that is a multiple of rotat"),
+    ],
+    ids=str,
+)
+def test_quantize_refuses_a_rotation(device, op, rotation, error, message):
+    name = "x" if op == "quantize_per_token" else "w"
+    with pytest.raises(error, match=re.escape(f"{op}: " + message.format(name))):
+        getattr(fastq, op)(torch.ones(3, 20, device=device), rotation=rotation)
+    if isinstance(rotation, int):  # past the Python check too
+        with pytest.raises(error, match=re.escape(f"{op}: " + message.format(name))):
+            getattr(torch.ops.fastq, op)(torch.ones(3, 20, device=device), rotation)
+
+
 def test_quantize_per_channel_takes_a_matrix_only(device):
     with pytest.raises(
         ValueError, match=r"quantize_per_channel: w has shape \(3,\), expected \(N, K\)"

@@ -9,6 +9,7 @@ import torch
 
 import c_abi
 import fastq
+import reference
 from operands import random_gemm
 
 SENTINEL = -77
@@ -167,6 +168,62 @@ def test_structs_of_an_older_header():
     old_args.contents.struct_size = least - 1
     assert library.fastq_int8_gemm(old_args) == c_abi.INVALID_VALUE
     assert f"struct_size is {least - 1}, expected at least {least}" in c_abi.last_error()
+
+
+def test_a_quantize_struct_of_an_older_header():
+    """fastq 0.1 knew no rotation: whatever lies behind its struct is not one."""
+    x = torch.randn(3, 64)
+    q, s = torch.zeros(3, 64, dtype=torch.int8), torch.zeros(3)
+    args = c_abi.with_size(
+        c_abi.QuantizeArgs, x=c_abi.view(x), q=c_abi.view(q), scale=c_abi.view(s)
+    )
+    least = c_abi.QuantizeArgs.rotation.offset
+    old, _memory = in_longer_memory(args, least, b"\xff" * 1000)
+    for op in ("quantize_per_token", "quantize_per_channel"):
+        entry = getattr(c_abi.library, f"fastq_{op}")
+        old.contents.struct_size = least
+        q.zero_()
+        assert entry(old) == 0
+        expected_q, expected_s = reference.quantize(x)
+        reference.assert_same(q, expected_q)
+        reference.assert_same(s, expected_s)
+        old.contents.struct_size = least - 1
+        assert entry(old) == c_abi.INVALID_VALUE
+        message = f"{op}: struct_size is {least - 1}, expected at least {least}"
+        assert c_abi.last_error().startswith(message)
+
+
+@pytest.mark.parametrize("op", ["quantize_per_token", "quantize_per_channel"])
+def test_rotation_through_the_c_abi(op):
+    x = torch.randn(3, 64)
+    q, s = torch.full((3, 64), SENTINEL, dtype=torch.int8), torch.full((3,), float(SENTINEL))
+    args = c_abi.with_size(
+        c_abi.QuantizeArgs, x=c_abi.view(x), q=c_abi.view(q), scale=c_abi.view(s)
+    )
+    entry = getattr(c_abi.library, f"fastq_{op}")
+    name = "x" if op == "quantize_per_token" else "w"
+    for args.rotation in (1, 3, 24, 64, 2**30, -2, -(2**31)):
+        assert entry(ctypes.byref(args)) == c_abi.INVALID_VALUE
+        expected = f"{op}: rotation is {args.rotation}, expected 0, 2, 4, 8, 16 or 32"
+        assert c_abi.last_error() == expected
+    short = c_abi.with_size(
+        c_abi.QuantizeArgs,
+        x=c_abi.view(x[:, :40]),
+        q=c_abi.view(q[:, :40]),
+        scale=c_abi.view(s),
+        rotation=16,
+    )
+    assert entry(ctypes.byref(short)) == c_abi.INVALID_VALUE
+    assert c_abi.last_error() == (
+        f"{op}: {name} has shape (3, 40), expected a last size that is a multiple of rotation = 16"
+    )
+    assert (q == SENTINEL).all()
+    assert (s == SENTINEL).all()
+    for args.rotation in (2, 4, 8, 16, 32):
+        assert entry(ctypes.byref(args)) == 0
+        expected_q, expected_s = reference.quantize(x, args.rotation)
+        reference.assert_same(q, expected_q)
+        reference.assert_same(s, expected_s)
 
 
 def test_structs_of_a_newer_header():

@@ -49,13 +49,14 @@ def test_replay_of_int8_gemm(shape, out_dtype):
         reference.assert_same(got, reference.int8_gemm(*problem, out_dtype=out_dtype))
 
 
+@pytest.mark.parametrize("rotation", [0, 32])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_replay_of_a_linear_layer(dtype):
-    qw, sw = fastq.quantize_per_channel(torch.randn(96, 64, device=CUDA))
+def test_replay_of_a_linear_layer(dtype, rotation):
+    qw, sw = fastq.quantize_per_channel(torch.randn(96, 64, device=CUDA), rotation=rotation)
     x = torch.randn(10, 64, device=CUDA).to(dtype)
 
     def linear():
-        q, s = fastq.quantize_per_token(x)
+        q, s = fastq.quantize_per_token(x, rotation=rotation)
         return fastq.int8_gemm(q, qw.t(), s, sw, out_dtype=dtype), fastq.dequantize(q, s)
 
     linear()
@@ -85,6 +86,8 @@ FIRST_CALLS = """
         out = [fastq.int8_gemm(*p, out_dtype=torch.half) for p in problems]
         out += [fastq.int8_gemm(*p, out_dtype=torch.float) for p in problems]
         out += [fastq.int8_gemm(p[0], p[1].contiguous(), *p[2:]) for p in problems]
+        out += fastq.quantize_per_token(x, rotation=8)
+        out += fastq.quantize_per_token(x[:, :992], rotation=32)
         q, s = fastq.quantize_per_token(x)
         return [*out, q, s, fastq.dequantize(q, s, out_dtype=torch.half)]
 

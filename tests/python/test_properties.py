@@ -134,3 +134,61 @@ def test_quantize_and_dequantize(device, rows, columns, dtype, layout, magnitude
     reference.assert_same(s, expected_s)
     back = fastq.dequantize(q, s, out_dtype=dtype)
     reference.assert_same(back, reference.dequantize(q, s, dtype))
+
+
+rotations = strategies.sampled_from([2, 4, 8, 16, 32])
+
+
+@settings
+@hypothesis.given(
+    rows=sizes,
+    groups=sizes,
+    rotation=rotations,
+    dtype=strategies.sampled_from(FLOAT_DTYPES),
+    layout=layouts,
+    magnitude=strategies.integers(-40, 38),
+    special=strategies.sampled_from([None, 0.0, float("nan"), float("inf")]),
+    seed=seeds,
+)
+def test_rotated_quantize(device, rows, groups, rotation, dtype, layout, magnitude, special, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, groups * rotation, generator=generator) * 10.0**magnitude
+    if special is not None and x.numel() > 0:
+        x[seed % rows, seed % x.shape[1]] = special
+    x = in_layout(x.to(dtype).to(device), layout)
+    expected_q, expected_s = reference.quantize(x, rotation)
+    q, s = fastq.quantize_per_token(x, rotation=rotation)
+    reference.assert_same(q, expected_q)
+    reference.assert_same(s[:, 0], expected_s)
+    q, s = fastq.quantize_per_channel(x, rotation=rotation)
+    reference.assert_same(q, expected_q)
+    reference.assert_same(s, expected_s)
+
+
+@settings
+@hypothesis.given(
+    M=strategies.integers(1, 20),
+    N=strategies.integers(1, 40),
+    groups=strategies.integers(1, 20),
+    rotation=rotations,
+    dtype=strategies.sampled_from(FLOAT_DTYPES),
+    outlier=strategies.sampled_from([1.0, 100.0]),
+    seed=seeds,
+)
+def test_a_rotated_product_is_the_product(device, M, N, groups, rotation, dtype, outlier, seed):
+    """Up to the rounding of both operands: at most half a step of scale each."""
+    generator = torch.Generator().manual_seed(seed)
+    K = groups * rotation
+    x = torch.randn(M, K, generator=generator)
+    x[:, seed % K] *= outlier
+    x, w = x.to(dtype).to(device), torch.randn(N, K, generator=generator).to(dtype).to(device)
+    qx, sx = fastq.quantize_per_token(x, rotation=rotation)
+    qw, sw = fastq.quantize_per_channel(w, rotation=rotation)
+    y = fastq.int8_gemm(qx, qw.t(), sx, sw / rotation, out_dtype=torch.float32)
+    sx, sw = sx.double(), sw.double()[:, None]
+    steps_x, steps_w = sx * qx.double().abs(), sw * qw.double().abs()
+    half_x, half_w = sx / 2, sw / 2
+    bound = steps_x @ half_w.expand(N, K).t() + half_x.expand(M, K) @ steps_w.t()
+    bound = (bound + K * half_x @ half_w.t()) / rotation
+    error = (y.double() - x.double() @ w.double().t()).abs()
+    assert (error <= bound * (1 + 1e-4)).all()

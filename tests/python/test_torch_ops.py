@@ -60,6 +60,9 @@ def test_opcheck_quantize_and_dequantize(device, dtype):
     torch.library.opcheck(OPS.quantize_per_token.default, (x,))
     torch.library.opcheck(OPS.quantize_per_token.default, (x.transpose(0, 1),))
     torch.library.opcheck(OPS.quantize_per_channel.default, (x[0],))
+    for rotation in (2, 16):
+        torch.library.opcheck(OPS.quantize_per_token.default, (x, rotation))
+        torch.library.opcheck(OPS.quantize_per_channel.default, (x[0], rotation))
     q, s = fastq.quantize_per_token(x)
     torch.library.opcheck(OPS.dequantize.default, (q, s, dtype))
     torch.library.opcheck(OPS.dequantize.out, (q, s), {"out": torch.empty_like(x)})
@@ -70,6 +73,12 @@ def linear(x, qw, sw, bias):
     q, s = fastq.quantize_per_token(x)
     y = fastq.int8_gemm(q, qw.t(), s, sw, bias=bias, out_dtype=x.dtype)
     return torch.relu(y) + fastq.dequantize(q, s, out_dtype=x.dtype).mean()
+
+
+def rotated_linear(x, qw, sw, bias):
+    """What an INT8 linear layer with a rotation does."""
+    q, s = fastq.quantize_per_token(x, rotation=32)
+    return fastq.int8_gemm(q, qw.t(), s, sw / 32, bias=bias, out_dtype=x.dtype)
 
 
 @pytest.fixture
@@ -108,6 +117,14 @@ def test_compile_with_dynamic_shapes(device, compiler):
     for rows in (4, 5, 17):
         inputs = linear_inputs(device, rows)
         assert torch.equal(compiled(*inputs), linear(*inputs))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_with_rotation(device, compiler, dynamic):
+    compiled = compiler(rotated_linear, dynamic=dynamic)
+    for rows in (4, 5, 17):
+        inputs = linear_inputs(device, rows)
+        assert torch.equal(compiled(*inputs), rotated_linear(*inputs))
 
 
 def test_compile_writes_to_out(device, compiler):
@@ -207,8 +224,9 @@ def test_shapes_without_data(fake, out_dtype):
             (2, 5, 1),
             torch.float32,
         )
-        q, s = fastq.quantize_per_channel(x[0])
-        assert (q.shape, s.shape, q.device, s.device) == ((5, 16), (5,), device, device)
+        for rotation in (0, 16):
+            q, s = fastq.quantize_per_channel(x[0], rotation=rotation)
+            assert (q.shape, s.shape, q.device, s.device) == ((5, 16), (5,), device, device)
         z = fastq.dequantize(a, 0.5, out_dtype=torch.float16)
         assert (z.shape, z.dtype) == (a.shape, torch.float16)
         with pytest.raises(ValueError, match="int8_gemm: a has shape"):
@@ -306,6 +324,33 @@ def test_runs_on_the_current_stream():
     reference.assert_same(q, expected_q)
     reference.assert_same(s[:, 0], expected_s)
     reference.assert_same(back, reference.dequantize(q, s, torch.float32))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [1, 16, 300])
+def test_kernels_that_start_early_wait_for_each_other(rows):
+    """On Hopper a kernel may start before the one ahead of it has finished. Each layer reads what
+    the one before wrote, and the memory of every second one is used again."""
+    device = torch.device("cuda")
+    weights = []
+    for rotation in (0, 32) * 4:
+        w = torch.randn(2048, 2048, device=device)
+        qw, sw = fastq.quantize_per_channel(w, rotation=rotation)
+        weights.append((rotation, qw.t(), sw * 0.02 / max(rotation, 1)))
+
+    def layers(after_each):
+        x = torch.randn(rows, 2048, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
+        buffers = torch.empty(2, rows, 2048, dtype=torch.bfloat16, device=device)
+        for i, (rotation, b, sb) in enumerate(weights):
+            q, s = fastq.quantize_per_token(x, rotation=rotation)
+            after_each()
+            x = fastq.int8_gemm(q, b, s, sb, out=buffers[i % 2])
+            after_each()
+        return x.clone()
+
+    expected = layers(torch.cuda.synchronize)
+    for _ in range(20):
+        assert torch.equal(layers(lambda: None), expected)
 
 
 @pytest.mark.cuda

@@ -168,6 +168,13 @@ FASTQ_API fastq_status fastq_pack_weight(const fastq_weight* plain, const fastq_
  * A row with a NaN has scale NaN, one with an Inf has scale Inf, and q = 0, so that what follows
  * shows NaN. per_token: x (..., K) -> scale x.shape[:-1] or that plus (1,). per_channel:
  * x (N, K) -> scale (N,) or (N, 1).
+ *
+ * With a rotation R (2, 4, 8, 16 or 32; K a multiple of it), each R consecutive elements of a row
+ * are first replaced, in float32, by their product with the Hadamard matrix H of order R:
+ *   H[i,j] = popcount(i & j) even ? 1 : -1,  as butterflies (a + b, a - b) of strides 1, 2, .. R/2
+ * It spreads an outlier over its block. H is symmetric and H * H = R * I: the product of a rotated
+ * x and a rotated weight is R times that of the plain ones, so divide the weight's scale by R.
+ * A row whose rotated values overflow float32 is one with an Inf or a NaN.
  */
 typedef struct fastq_quantize_args {
   size_t struct_size;
@@ -175,6 +182,8 @@ typedef struct fastq_quantize_args {
   fastq_tensor q;     /* int8, like x */
   fastq_tensor scale; /* float32 */
   void* stream;
+  int32_t rotation; /* 0: none */
+  int32_t reserved;
 } fastq_quantize_args;
 
 FASTQ_API fastq_status fastq_quantize_per_token(const fastq_quantize_args* args);

@@ -157,14 +157,16 @@ inline void pack_weight(const fastq_weight& plain, const fastq_tensor& packed) {
 }
 
 inline void quantize_per_token(const fastq_tensor& x, const fastq_tensor& q,
-                               const fastq_tensor& scale, void* stream = nullptr) {
-  const fastq_quantize_args args = {sizeof(fastq_quantize_args), x, q, scale, stream};
+                               const fastq_tensor& scale, void* stream = nullptr,
+                               int32_t rotation = 0) {
+  const fastq_quantize_args args = {sizeof(args), x, q, scale, stream, rotation, 0};
   check(fastq_quantize_per_token(&args));
 }
 
 inline void quantize_per_channel(const fastq_tensor& w, const fastq_tensor& q,
-                                 const fastq_tensor& scale, void* stream = nullptr) {
-  const fastq_quantize_args args = {sizeof(fastq_quantize_args), w, q, scale, stream};
+                                 const fastq_tensor& scale, void* stream = nullptr,
+                                 int32_t rotation = 0) {
+  const fastq_quantize_args args = {sizeof(args), w, q, scale, stream, rotation, 0};
   check(fastq_quantize_per_channel(&args));
 }
 

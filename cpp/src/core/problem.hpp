@@ -55,6 +55,7 @@ struct QuantizeProblem {
   int64_t stride_qr = 0, stride_qc = 0;
   float* scale = nullptr;
   int64_t stride_s = 0;
+  int rotation = 0;  // elements of a Hadamard block, a power of two that divides cols; 0: none
   int device_index = 0;
   void* stream = nullptr;
 };

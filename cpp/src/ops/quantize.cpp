@@ -1,5 +1,7 @@
 #include "ops/quantize.hpp"
 
+#include <cstddef>
+
 #include "core/backend.hpp"
 #include "core/error.hpp"
 #include "ops/checks.hpp"
@@ -7,10 +9,27 @@
 namespace fastq {
 namespace {
 
-void quantize(const char* op, const char* x_name, const fastq_quantize_args& args, int min_rank,
+constexpr int kMaxRotation = 32;
+// The size of the struct in fastq 0.1.
+constexpr size_t kLeastArgs = offsetof(fastq_quantize_args, rotation);
+
+void check_rotation(const char* op, const NamedTensor& x, int rotation) {
+  if (rotation == 0) return;
+  if (rotation < 2 || rotation > kMaxRotation || (rotation & (rotation - 1)) != 0) {
+    invalid_value(std::string(op) + ": rotation is " + std::to_string(rotation) +
+                  ", expected 0, 2, 4, 8, 16 or 32");
+  }
+  if (x.view->sizes[x.view->rank - 1] % rotation != 0) {
+    invalid_value(
+        std::string(op) + ": " + x.name + " has shape " + shape_text(*x.view) +
+        ", expected a last size that is a multiple of rotation = " + std::to_string(rotation));
+  }
+}
+
+void quantize(const char* op, const char* x_name, const fastq_quantize_args& caller, int min_rank,
               int max_rank) {
-  check_struct_size(op, &args, args.struct_size, sizeof(fastq_quantize_args),
-                    sizeof(fastq_quantize_args));
+  fastq_quantize_args space;
+  const fastq_quantize_args& args = known_struct(op, caller, kLeastArgs, space);
   const NamedTensor x{x_name, &args.x}, q{"q", &args.q}, scale{"scale", &args.scale};
   for (const NamedTensor& tensor : {x, q, scale}) check_well_formed(op, tensor);
   check_dtype(op, x, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
@@ -19,6 +38,7 @@ void quantize(const char* op, const char* x_name, const fastq_quantize_args& arg
   check_rank(op, x, min_rank, max_rank);
   check_same_device(op, {x, q, scale});
   check_same_shape(op, q, x);
+  check_rotation(op, x, args.rotation);
   const RowStrides scale_rows = row_strides(op, scale, x, false);
   check_output(op, q, {x, scale});
   check_output(op, scale, {x});
@@ -29,6 +49,7 @@ void quantize(const char* op, const char* x_name, const fastq_quantize_args& arg
   p.x_dtype = dtype_of(args.x);
   p.stride_xc = args.x.strides[last];
   p.stride_qc = args.q.strides[last];
+  p.rotation = args.rotation;
   p.device_index = args.x.device_index;
   p.stream = args.stream;
   int64_t rows = 1;

@@ -1,4 +1,5 @@
-// Rows [first, last) of scale = absmax / 127, q = clamp(round_half_even(x / scale), -127, 127).
+// Rows [first, last) of scale = absmax / 127, q = clamp(round_half_even(x / scale), -127, 127), of
+// x as it is or rotated (see rotate.hpp).
 //
 // Compiled once per instruction set (see float_rows.hpp); the loops are written so that the
 // compiler turns them into vector code without relaxed floating point:
@@ -10,10 +11,13 @@
 
 #include "core/problem.hpp"
 #include "cpu/float_rows.hpp"
+#include "cpu/quantize/rotate.hpp"
 
 namespace fastq::cpu {
 
-static constexpr int64_t kQuantizeRun = 512;  // elements converted to float32 at a time
+static constexpr int64_t kQuantizeRun = 512;     // elements converted to float32 at a time
+static constexpr int64_t kQuantizeHeld = 16384;  // a rotated row up to here is rotated once only
+static_assert(kQuantizeRun % kRotateBlock == 0 && kQuantizeHeld % kQuantizeRun == 0);
 
 static inline uint32_t max_magnitude(const float* x, int64_t count, uint32_t start) {
   int32_t result = static_cast<int32_t>(start);
@@ -46,14 +50,19 @@ static inline float scale_of(uint32_t absmax_bits) {
   return scale < kSmallestNormal ? kSmallestNormal : scale;  // a NaN stays
 }
 
+template <bool kRotated>
 static inline void quantize_row(const QuantizeProblem& p, int64_t row) {
-  alignas(64) float run[kQuantizeRun];
+  // One run, or a rotated row as a whole.
+  alignas(64) float held[kRotated ? kQuantizeHeld : kQuantizeRun];
   alignas(64) int8_t rounded[kQuantizeRun];
-  const bool direct = p.x_dtype == DType::kFloat32 && p.stride_xc == 1;
+  const bool direct = !kRotated && p.x_dtype == DType::kFloat32 && p.stride_xc == 1;
+  const bool holds_row = kRotated && p.cols <= kQuantizeHeld;
   const auto floats = [&](int64_t column, int64_t count) -> const float* {
     const int64_t offset = row * p.stride_xr + column * p.stride_xc;
     if (direct) return static_cast<const float*>(p.x) + offset;
+    float* run = holds_row ? held + column : held;
     load_floats(p.x, p.x_dtype, offset, p.stride_xc, count, run);
+    if constexpr (kRotated) rotate(run, count, p.rotation);
     return run;
   };
 
@@ -71,7 +80,7 @@ static inline void quantize_row(const QuantizeProblem& p, int64_t row) {
     int8_t* q = p.q + row * p.stride_qr + c * p.stride_qc;
     int8_t* target = p.stride_qc == 1 ? q : rounded;
     if (finite) {
-      round_to_int8(floats(c, count), count, scale, target);
+      round_to_int8(holds_row ? held + c : floats(c, count), count, scale, target);
     } else {
       std::memset(target, 0, static_cast<size_t>(count));
     }
@@ -81,7 +90,8 @@ static inline void quantize_row(const QuantizeProblem& p, int64_t row) {
 }
 
 static void quantize_rows(const QuantizeProblem& p, int64_t first, int64_t last) {
-  for (int64_t row = first; row < last; ++row) quantize_row(p, row);
+  const auto quantize = p.rotation != 0 ? quantize_row<true> : quantize_row<false>;
+  for (int64_t row = first; row < last; ++row) quantize(p, row);
 }
 
 }  // namespace fastq::cpu
