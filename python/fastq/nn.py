@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .ops import (
     PackedWeight,
+    check_rotation,
     int8_gemm,
     pack_weight,
     quantize_per_channel,
@@ -21,8 +22,13 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class Int8Linear(nn.Module):
     """``nn.Linear`` in W8A8: an INT8 weight per channel, activations quantised per token.
 
-    ``y = int8_gemm(q, weight.t(), s, weight_scale, bias)`` with ``q, s = quantize_per_token(x)``;
-    y has x's dtype. Inference only.
+    ``y = int8_gemm(q, weight.t(), s, weight_scale, bias)`` with
+    ``q, s = quantize_per_token(x, rotation=rotation)``; y has x's dtype. Inference only.
+
+    A rotation R multiplies blocks of R consecutive features of x and of the weight by a Hadamard
+    matrix before they are quantised (see :func:`fastq.quantize_per_token`). The product stays the
+    same, ``(x H) (w H)^T = R x w^T`` with 1 / R in weight_scale, while outliers are spread over
+    their block: more accurate where few features are large, at the cost of a slower quantisation.
 
     On a CPU the first call rearranges the weight into the form its kernels read fastest and lets
     the plain one go, so there is one copy in memory. ``weight``, the state dict and ``.to()``
@@ -34,19 +40,23 @@ class Int8Linear(nn.Module):
         out_features: N.
         bias: whether there is one.
         device: where the buffers go.
+        rotation: 0 (none), 2, 4, 8, 16 or 32; a divisor of in_features.
 
     Attributes:
-        weight: int8 ``(out_features, in_features)``; a copy while packed.
-        weight_scale: float32 ``(out_features,)``.
+        weight: int8 ``(out_features, in_features)``, rotated; a copy while packed.
+        weight_scale: float32 ``(out_features,)``, that of the rotated weight divided by rotation.
         bias: float32 ``(out_features,)`` or None. ``.half()`` and ``.to(dtype)`` leave scale and
             bias in float32.
+        rotation: int32 scalar, or None without a rotation. It marks the state dict, which loads
+            only into a module of the same rotation.
 
-    Source: ZeroQuant (Yao et al., 2022).
+    Source: ZeroQuant (Yao et al., 2022); QuaRot (Ashkboos et al., 2024) for the rotation.
     """
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    rotation: Tensor | None
     _packed: Tensor | None
 
     def __init__(
@@ -56,8 +66,15 @@ class Int8Linear(nn.Module):
         bias: bool = True,
         *,
         device: torch.device | str | None = None,
+        rotation: int = 0,
     ) -> None:
         super().__init__()
+        check_rotation("Int8Linear", rotation)
+        if rotation != 0 and in_features % rotation != 0:
+            raise ValueError(
+                f"Int8Linear: in_features is {in_features}, expected a multiple of rotation = "
+                f"{rotation}"
+            )
         self.in_features = in_features
         self.out_features = out_features
         weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
@@ -65,22 +82,31 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", torch.zeros_like(scale) if bias else None)
+        self._rotation = int(rotation)
+        mark = torch.tensor(rotation, dtype=torch.int32, device=device) if rotation else None
+        self.register_buffer("rotation", mark)
         # Set while weight is None. A buffer, so that it counts as memory.
         self.register_buffer("_packed", None, persistent=False)
 
     @classmethod
     @torch.no_grad()
-    def from_float(cls, linear: nn.Linear) -> Int8Linear:
+    def from_float(cls, linear: nn.Linear, *, rotation: int = 0) -> Int8Linear:
         """Quantises a linear layer's weight per channel, on the device where it lies.
 
-        Raises TypeError for anything but an ``nn.Linear`` of float32, float16 or bfloat16.
+        Raises TypeError for anything but an ``nn.Linear`` of float32, float16 or bfloat16, and
+        ValueError for a rotation that the class does not take.
         """
         if not isinstance(linear, nn.Linear):
             kind = type(linear).__name__
             raise TypeError(f"Int8Linear: linear is a {kind}, expected a torch.nn.Linear")
         has_bias = linear.bias is not None
-        module = cls(linear.in_features, linear.out_features, has_bias, device="meta")
-        module.weight, module.weight_scale = quantize_per_channel(linear.weight.detach())
+        sizes = (linear.in_features, linear.out_features)
+        module = cls(*sizes, has_bias, device="meta", rotation=rotation)
+        weight = linear.weight.detach()
+        module.weight, module.weight_scale = quantize_per_channel(weight, rotation=rotation)
+        if rotation != 0:
+            module.weight_scale /= rotation  # a power of two: exact
+            module.rotation = torch.tensor(rotation, dtype=torch.int32, device=weight.device)
         module.bias = linear.bias.detach().float().clone() if has_bias else None
         return module.train(linear.training)
 
@@ -99,7 +125,7 @@ class Int8Linear(nn.Module):
             weight = PackedWeight(self._packed, self.in_features, self.out_features)
         else:
             weight = plain.t()
-        q, s = quantize_per_token(x if x.dim() > 1 else x[None])
+        q, s = quantize_per_token(x if x.dim() > 1 else x[None], rotation=self._rotation)
         y = int8_gemm(q, weight, s, self.weight_scale, bias=self.bias, out_dtype=x.dtype)
         return y if x.dim() > 1 else y[0]
 
@@ -170,12 +196,39 @@ class Int8Linear(nn.Module):
             destination[prefix + "weight"] = self._plain_weight()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         self._unpack()
-        super()._load_from_state_dict(*args, **kwargs)
+        mark = state_dict.get(prefix + "rotation")
+        if mark is not None or prefix + "weight" in state_dict:
+            found = 0 if mark is None else int(mark)
+            if found != self._rotation:
+                error_msgs.append(
+                    f"Int8Linear: {prefix}weight was quantised with rotation {found}, expected "
+                    f"{self._rotation}; give quantize or Int8Linear rotation={found}"
+                )
+                return  # with everything as it was
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}"
+            + (f", rotation={self._rotation}" if self._rotation else "")
         )

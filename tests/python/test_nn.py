@@ -16,11 +16,12 @@ from fastq.nn import Int8Linear
 from fastq.quantization import quantize
 
 
-def expected_output(x: torch.Tensor, linear: nn.Linear) -> np.ndarray:
+def expected_output(x: torch.Tensor, linear: nn.Linear, rotation: int = 0) -> np.ndarray:
     """What W8A8 gives, every rounding included."""
-    q, s = map(torch.from_numpy, reference.quantize(x))
-    weight, weight_scale = map(torch.from_numpy, reference.quantize(linear.weight))
+    q, s = map(torch.from_numpy, reference.quantize(x, rotation))
+    weight, weight_scale = map(torch.from_numpy, reference.quantize(linear.weight, rotation))
     bias = None if linear.bias is None else linear.bias.cpu().float()
+    weight_scale = weight_scale / max(rotation, 1)
     return reference.int8_gemm(q, weight.t(), s, weight_scale, bias, x.dtype)
 
 
@@ -314,6 +315,32 @@ class TestQuantize:
         else:
             quantize(model, skip=skip)
             assert quantised_names(model) == (self.ALL | {"lm_head"}) - kept
+
+    @pytest.mark.parametrize("rotation", [0, 8])
+    def test_rotation(self, device, rotation):
+        model = quantize(make_blocks(device), rotation=rotation)
+        assert quantised_names(model) == self.ALL
+        marks = {module._rotation for module in model.modules() if isinstance(module, Int8Linear)}
+        assert marks == {rotation}
+        x = torch.randn(3, 16, device=device)
+        exact = make_blocks(device)[0](x)
+        assert (model[0](x) - exact).abs().max() <= 0.05 * exact.abs().max()
+        other = quantize(make_blocks(device), rotation=8)
+        if rotation == 8:
+            other.load_state_dict(model.state_dict())
+        else:
+            with pytest.raises(RuntimeError, match=r"0\.up\.weight was quantised with rotation 0"):
+                other.load_state_dict(model.state_dict())
+
+    def test_a_layer_that_the_rotation_does_not_divide(self):
+        """down has 24 features; nothing is replaced before the error."""
+        model = make_blocks()
+        message = r"0\.down has in_features = 24, expected a multiple of rotation = 16.* skip"
+        with pytest.raises(ValueError, match=message):
+            quantize(model, rotation=16)
+        assert quantised_names(model) == set()
+        quantize(model, rotation=16, skip=["down", "lm_head"])
+        assert quantised_names(model) == {name for name in self.ALL if "down" not in name}
 
     def test_a_single_linear(self):
         module = quantize(make())
