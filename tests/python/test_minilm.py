@@ -11,11 +11,14 @@ import torch
 from fastq.nn import Int8Linear
 from fastq.quantization import quantize
 
-# A hundred sentences, each worded twice, so that a sentence has a clear nearest neighbour. This is
-# an easy set, chosen after harder ones had come out at or below the bound of 95 %: on six sets
-# of 200 first lines of docstrings of the standard library (Python 3.11.7, drawn at random), where
-# many neighbours are nearly ties, 93.5 to 95.5 % agree (94.5 % on average, four sets of six below
-# 95 %). The cosines are the same there: 0.9975 on average, 0.9945 at worst.
+# Drawn once, before any result on them was seen, and not again: random.Random(0).sample(lines, 200)
+# of the sorted distinct first lines, of four words or more, of the docstrings of modules, classes
+# and functions in Python 3.11.7's standard library, its tests, idlelib's tests and lib2to3 left
+# out: 7151 lines. Many neighbours there are nearly ties.
+#
+# On the CPU plain W8A8 agrees on 190 of the 200 (95.0 %), the bound exactly. That is luck: many
+# draws of such lines give 93.7 % on average, sentences of documentation 92.0 %. So its agreement is
+# printed and not asserted. With rotation=32 it is 197 of the 200 (98.5 %).
 SENTENCES = Path(__file__).with_name("minilm_sentences.txt")
 
 
@@ -46,7 +49,8 @@ def nearest(embeddings: torch.Tensor) -> torch.Tensor:
     return similarity.fill_diagonal_(-2).argmax(-1)
 
 
-def test_int8_embeddings_agree(folder, device, monkeypatch):
+@pytest.mark.parametrize("rotation", [0, 32])
+def test_int8_embeddings_agree(folder, device, monkeypatch, rotation):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from transformers import AutoModel, AutoTokenizer
 
@@ -57,15 +61,16 @@ def test_int8_embeddings_agree(folder, device, monkeypatch):
     expected = embed(model, tokenizer, sentences, device)
 
     linear = sum(type(module) is torch.nn.Linear for module in model.modules())
-    quantize(model)
+    quantize(model, rotation=rotation)
     assert linear >= 36  # six layers of query, key, value, attention output, up and down
     assert sum(isinstance(module, Int8Linear) for module in model.modules()) == linear
     actual = embed(model, tokenizer, sentences, device)
 
     cosine = (actual * expected).sum(-1)
     agreement = (nearest(actual) == nearest(expected)).float().mean().item()
+    print(f"cosine mean {cosine.mean():.5f} min {cosine.min():.5f}, neighbours {agreement:.3f}")
     assert not torch.equal(actual, expected)
     assert cosine.mean() >= 0.99
     assert cosine.min() >= 0.97
-    assert agreement >= 0.95
-    print(f"cosine mean {cosine.mean():.5f} min {cosine.min():.5f}, neighbours {agreement:.3f}")
+    if rotation == 32:
+        assert agreement >= 0.95
