@@ -2,7 +2,8 @@
 
 ``python -m bench.quantize --device cuda`` appends to ``bench/results/<device>/quantize.jsonl``.
 Inputs are drawn from N(0, 1). ``ratio`` is the time of the same computation in eager torch over
-this implementation's; a plain copy of x shows what the memory allows.
+this implementation's (without the rotation, where ours has one); a plain copy of x shows what the
+memory allows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import fastq
 
 from . import results, timing
+
+ROTATED = "fastq[rotation=32]"
 
 
 def torch_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,6 +43,7 @@ def run(writer: results.Writer, sizes: dict, tag: str, rounds: int) -> None:
             "bfloat16 -> int8",
             {
                 "fastq": [partial(fastq.quantize_per_token, x) for x in xs],
+                ROTATED: [partial(fastq.quantize_per_token, x, rotation=32) for x in xs],
                 "torch": [partial(torch_quantize, x) for x in xs],
                 "torch.clone": [x.clone for x in xs],
             },
@@ -61,7 +65,7 @@ def run(writer: results.Writer, sizes: dict, tag: str, rounds: int) -> None:
             moved = 2 * x.nbytes if name == "torch.clone" else size
             gb_per_s = 1e-3 * moved / t.p50_us
             ratio = timings["torch"].p50_us / t.p50_us
-            print(f"  {name:14} {t.p50_us:11.2f} us {gb_per_s:9.1f} GB/s {ratio:7.3f}")
+            print(f"  {name:18} {t.p50_us:11.2f} us {gb_per_s:9.1f} GB/s {ratio:7.3f}")
             writer.write(
                 op=op,
                 tag=tag,
