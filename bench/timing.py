@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import fastq
+from fastq.graph_timer import NOT_CAPTURED, Calls, GraphTimer, sample_in_turns
 
-Calls = list[Callable[[], object]]
-NOT_CAPTURED = "cuda events, not captured"
+__all__ = ["NOT_CAPTURED", "Calls", "Timing", "copies", "measure", "quantiles"]
 
 
 class Timing(NamedTuple):
@@ -91,73 +89,8 @@ def _measure_cpu(candidates: dict[str, Calls], rounds: int) -> dict[str, Timing]
     return {name: quantiles(values, "perf_counter") for name, values in samples.items()}
 
 
-class _Graph:
-    """A CUDA graph of many calls, or the calls themselves where they cannot be captured."""
-
-    SAMPLE_US = 1500.0
-    MAX_CALLS = 512
-
-    def __init__(self, calls: Calls, pool: tuple[int, int]):
-        """`pool` is the memory that the calls of all graphs allocate from, one after the other."""
-        self.pool = pool
-        self.graphs: list[torch.cuda.CUDAGraph] = []  # torch gives up a pool with its last graph
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        self.timer = self._capture(calls)
-        once = self.sample()
-        if once * len(calls) < self.SAMPLE_US:
-            wanted = min(self.SAMPLE_US / max(once, 0.5), self.MAX_CALLS)
-            repeats = math.ceil(wanted / len(calls))
-            if repeats > 1:
-                self.timer = self._capture(calls * repeats)
-        self.replay()
-        torch.cuda.synchronize()
-
-    def _capture(self, calls: Calls) -> str:
-        self.count = len(calls)
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        self.graphs.append(graph)
-        torch.cuda.synchronize()
-        try:
-            # torch.cuda.graph would empty the allocator's cache each time, which takes longer than
-            # a measurement.
-            with torch.cuda.stream(stream):
-                graph.capture_begin(pool=self.pool)
-                try:
-                    for call in calls:
-                        call()
-                finally:
-                    graph.capture_end()
-        except RuntimeError:
-            torch.cuda.synchronize()
-            self.replay = lambda: [call() for call in calls]
-            return NOT_CAPTURED
-        self.replay = graph.replay
-        return "cuda graph"
-
-    def sample(self) -> float:
-        """Microseconds a call. The replay before the timed one keeps the GPU busy until all of that
-        is enqueued."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.replay()
-        begin.record()
-        self.replay()
-        end.record()
-        end.synchronize()
-        return 1e3 * begin.elapsed_time(end) / self.count
-
-
 def _measure_cuda(candidates: dict[str, Calls], rounds: int) -> dict[str, Timing]:
     pool = torch.cuda.graph_pool_handle()
-    graphs = {name: _Graph(calls, pool) for name, calls in candidates.items()}
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    # No candidate always follows the same neighbour: power spent lowers the clocks of who is next.
-    order, shuffle = list(graphs), random.Random(0).shuffle
-    for turn in range(-3, rounds):  # the first turns bring the clocks to where they stay
-        shuffle(order)
-        for name in order:
-            value = graphs[name].sample()
-            if turn >= 0:
-                samples[name].append(value)
+    graphs = {name: GraphTimer(calls, pool) for name, calls in candidates.items()}
+    samples = sample_in_turns(graphs, rounds)
     return {name: quantiles(values, graphs[name].timer) for name, values in samples.items()}
