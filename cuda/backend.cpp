@@ -24,13 +24,8 @@ std::string describe_backend() {
 }
 
 constexpr Backend kBackend = {
-    &int8_gemm_workspace_size,
-    &int8_gemm,
-    &int8_gemm_describe,
-    &no_packed_form,
-    nullptr,
-    &quantize,
-    &dequantize,
+    &int8_gemm_workspace_size, &int8_gemm, &int8_gemm_describe, &int8_gemm_candidates,
+    &no_packed_form,           nullptr,    &quantize,           &dequantize,
     &describe_backend,
 };
 

@@ -105,6 +105,23 @@ fastq_status fastq_int8_gemm_describe(const fastq_int8_gemm_args* args, char* te
   });
 }
 
+fastq_status fastq_int8_gemm_candidates(const fastq_int8_gemm_args* args, char* text, size_t size) {
+  return guarded([&] {
+    required(text, "int8_gemm_candidates: text");
+    std::string names;
+    for (const std::string& name :
+         fastq::int8_gemm_candidates(required(args, "int8_gemm_candidates: args"))) {
+      if (!names.empty()) names += '\n';
+      names += name;
+    }
+    if (size <= names.size()) {
+      fastq::invalid_value("int8_gemm_candidates: text has room for " + std::to_string(size) +
+                           " bytes, expected " + std::to_string(names.size() + 1));
+    }
+    std::memcpy(text, names.c_str(), names.size() + 1);
+  });
+}
+
 fastq_status fastq_pack_weight_size(const fastq_weight* plain, size_t* bytes) {
   return guarded([&] {
     required(bytes, "pack_weight: bytes");

@@ -6,6 +6,7 @@
 #include "core/error.hpp"
 #include "int8_gemm/int8_gemm_config.hpp"
 #include "int8_gemm/int8_gemm_kernels.hpp"
+#include "int8_gemm/int8_gemm_tuning.hpp"
 #include "int8_gemm/relayout.hpp"
 #include "runtime/device.hpp"
 
@@ -21,16 +22,28 @@ GemmDevice gemm_device(const DeviceProps& props) {
   return {props.cc_major, props.cc_minor, props.sm_count, built_for_sm90a()};
 }
 
-// FASTQ_KERNELS names a family, or a whole configuration as config_name writes it.
-GemmChoice choose(const Int8GemmProblem& p) {
+void check_sizes(const Int8GemmProblem& p) {
   if (p.M > INT32_MAX || p.N > INT32_MAX) {
     not_implemented("int8_gemm: M = " + std::to_string(p.M) + ", N = " + std::to_string(p.N) +
                     ", expected at most 2147483647 each on CUDA");
   }
+}
+
+// Read at the first product. A table that cannot be read is an error of this one and of the next.
+const TuningTable& tuning_table() {
+  static const TuningTable table =
+      load_tuning_table(std::getenv("FASTQ_TUNING_TABLE"), shipped_tuning_table());
+  return table;
+}
+
+// FASTQ_KERNELS names a family, or a whole configuration as config_name writes it; where it is set,
+// no tuning table has a say.
+GemmChoice choose(const Int8GemmProblem& p) {
+  check_sizes(p);
   const GemmDevice device = gemm_device(device_props(p.device_index));
   const GemmShape shape = gemm_shape(p);
   const char* forced = std::getenv("FASTQ_KERNELS");
-  if (forced == nullptr || *forced == '\0') return select_config(shape, device, false);
+  if (forced == nullptr || *forced == '\0') return select_config(shape, device, tuning_table());
 
   const std::string name = forced;
   GemmConfig config;
@@ -112,6 +125,16 @@ std::string int8_gemm_describe(const Int8GemmProblem& p) {
   if (choice.relayout_b) text += "+relayout_b";
   if (*choice.reason != '\0') text += std::string(" (") + choice.reason + ")";
   return text;
+}
+
+std::vector<std::string> int8_gemm_candidates(const Int8GemmProblem& p) {
+  check_sizes(p);
+  std::vector<std::string> names;
+  const GemmDevice device = gemm_device(device_props(p.device_index));
+  for (const GemmConfig& config : candidate_configs(gemm_shape(p), device)) {
+    names.push_back(config_name(config));
+  }
+  return names;
 }
 
 std::vector<std::string> int8_gemm_instances() {

@@ -167,6 +167,17 @@ std::string int8_gemm_describe(py::handle a, py::handle b, py::handle sa, py::ha
   return text;
 }
 
+// Names of configurations, one a line.
+std::string int8_gemm_candidates(py::handle a, py::handle b, py::handle sa, py::handle sb,
+                                 py::handle out) {
+  const py::none none;
+  Call call;
+  fill(call, {a, b, sa, sb, none, out, none, false, none, none, none, none, none});
+  char text[8192];
+  check(fastq_int8_gemm_candidates(&call.args, text, sizeof(text)));
+  return text;
+}
+
 // Returns the packed form of b, (K, N) int8, as (bytes,) uint8.
 py::object pack_weight(py::handle b) {
   fastq_weight weight = {};
@@ -196,6 +207,7 @@ void bind_int8_gemm(py::module_& module) {
       {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
   module.def("int8_gemm_describe", &int8_gemm_describe);
+  module.def("int8_gemm_candidates", &int8_gemm_candidates);
   module.def("pack_weight", &pack_weight);
 }
 

@@ -152,9 +152,22 @@ FASTQ_API fastq_status fastq_int8_gemm_workspace_size(const fastq_int8_gemm_args
 FASTQ_API fastq_status fastq_int8_gemm(const fastq_int8_gemm_args* args);
 
 /* Names the kernel and configuration that fastq_int8_gemm would take, as "cpu/amx/packed" or
- * "cuda/sm90/128x128x128_pingpong". Writes at most `size` bytes, the final 0 included. */
+ * "cuda/sm90/128x128x128_pingpong", then in parentheses why, "(tuned)" where a tuning table chose.
+ * Writes at most `size` bytes, the final 0 included.
+ *
+ * On CUDA the environment decides in this order: FASTQ_KERNELS, a kernel family or a configuration;
+ * FASTQ_TUNING_TABLE, the path of a table that `fastq tune` wrote, read at the first product; the
+ * table that the library ships; and for every other shape the library's own estimate.
+ * FASTQ_TUNING_TABLE=none turns both tables off. A configuration never changes a product's bits. */
 FASTQ_API fastq_status fastq_int8_gemm_describe(const fastq_int8_gemm_args* args, char* text,
                                                 size_t size);
+
+/* Names the CUDA configurations that are worth timing for these arguments, as FASTQ_KERNELS takes
+ * them, one a line without a final line break; the library's own estimate comes first.
+ * FASTQ_KERNELS and tuning tables have no effect on it. FASTQ_INVALID_VALUE where they do not fit
+ * into `size` bytes, the final 0 included; 8192 are enough. */
+FASTQ_API fastq_status fastq_int8_gemm_candidates(const fastq_int8_gemm_args* args, char* text,
+                                                  size_t size);
 
 /* Rearranges a plain CPU weight once into the form its kernels read fastest. The form does not
  * depend on the instruction set. `packed` is (bytes,) uint8, contiguous, 64-byte aligned. */

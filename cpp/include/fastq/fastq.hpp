@@ -4,10 +4,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "fastq/fastq.h"
 
@@ -144,6 +146,17 @@ inline std::string int8_gemm_describe(const fastq_int8_gemm_args& args) {
   char text[128];
   check(fastq_int8_gemm_describe(&args, text, sizeof(text)));
   return text;
+}
+
+inline std::vector<std::string> int8_gemm_candidates(const fastq_int8_gemm_args& args) {
+  char text[8192];
+  check(fastq_int8_gemm_candidates(&args, text, sizeof(text)));
+  std::vector<std::string> names;
+  for (const char *name = text, *end; *name != '\0'; name = *end == '\0' ? end : end + 1) {
+    end = name + std::strcspn(name, "\n");
+    names.emplace_back(name, end);
+  }
+  return names;
 }
 
 inline size_t pack_weight_size(const fastq_weight& plain) {

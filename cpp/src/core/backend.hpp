@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "core/problem.hpp"
 #include "core/tensor.hpp"
@@ -33,6 +34,8 @@ struct Backend {
   size_t (*int8_gemm_workspace_size)(const Int8GemmProblem&);
   void (*int8_gemm)(const Int8GemmProblem&, Workspace& workspace);
   std::string (*int8_gemm_describe)(const Int8GemmProblem&);
+  // Names of configurations as FASTQ_KERNELS takes them. Null where there is no choice to force.
+  std::vector<std::string> (*int8_gemm_candidates)(const Int8GemmProblem&);
   size_t (*pack_weight_size)(int64_t K, int64_t N);
   // Null where the device has no packed form.
   void (*pack_weight)(const int8_t* b, int64_t stride_bk, int64_t stride_bn, int64_t K, int64_t N,

@@ -23,6 +23,7 @@ std::string describe() {
 const Backend kBackend = {int8_gemm_workspace_size,
                           int8_gemm,
                           int8_gemm_describe,
+                          nullptr,
                           packed_weight_size,
                           pack_weight,
                           quantize,

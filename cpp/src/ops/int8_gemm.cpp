@@ -351,6 +351,18 @@ std::string int8_gemm_describe(const fastq_int8_gemm_args& args) {
   return text;
 }
 
+std::vector<std::string> int8_gemm_candidates(const fastq_int8_gemm_args& args) {
+  const Backend& backend = backend_for(device_of(args.a), "int8_gemm_candidates");
+  if (backend.int8_gemm_candidates == nullptr) {
+    not_implemented("int8_gemm_candidates: a is on " + device_name(args.a) +
+                    ", expected a CUDA device; only its kernels have configurations to choose");
+  }
+  std::vector<std::string> names;
+  for_each_problem("int8_gemm_candidates", args,
+                   [&](const Int8GemmProblem& p) { names = backend.int8_gemm_candidates(p); });
+  return names;
+}
+
 size_t pack_weight_size(const fastq_weight& caller) {
   fastq_weight space;
   const fastq_weight& weight = known_struct("pack_weight", caller, kLeastWeight, space);

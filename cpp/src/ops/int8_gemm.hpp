@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "fastq/fastq.h"
 
@@ -10,6 +11,7 @@ namespace fastq {
 size_t int8_gemm_workspace_size(const fastq_int8_gemm_args& args);
 void int8_gemm(const fastq_int8_gemm_args& args);
 std::string int8_gemm_describe(const fastq_int8_gemm_args& args);
+std::vector<std::string> int8_gemm_candidates(const fastq_int8_gemm_args& args);
 
 size_t pack_weight_size(const fastq_weight& weight);
 void pack_weight(const fastq_weight& weight, const fastq_tensor& packed);
