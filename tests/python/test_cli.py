@@ -27,11 +27,11 @@ def fastq_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help():
     result = fastq_command("--help")
     assert result.returncode == 0
-    for text in ("usage: fastq", "demo", "doctor", "--version"):
+    for text in ("usage: fastq", "demo", "doctor", "tune", "--version"):
         assert text in result.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "doctor", "tune"])
 def test_help_of_a_command(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
@@ -52,6 +52,11 @@ def test_version(capsys):
         (["dance"], "invalid choice: 'dance'"),
         (["demo", "--max-tokens", "0"], "expected at least 1, got 0"),
         (["demo", "--max-tokens", "many"], "invalid"),
+        (["tune"], "one of the arguments --nk --shapes is required"),
+        (["tune", "--nk", "4096"], "expected N x K as 4096x4096, got 4096"),
+        (["tune", "--nk", "4096x0"], "expected at least 1, got 0"),
+        (["tune", "--nk", "8x8", "--m", "1,"], "invalid"),
+        (["tune", "--nk", "8x8", "--shapes", "a.json"], "not allowed with argument --nk"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
