@@ -110,7 +110,7 @@ __device__ inline void load_floats(const void* data, DType dtype, int64_t offset
 
 // The vectors along N, for eight columns.
 struct OutputColumns {
-  float scale_b[8], bias[8];
+  float scale_b[8], bias[8];  // -0 where there is no bias: adding +0 would turn -0 into +0
 };
 
 __device__ inline void load_columns(const OutputParams& p, int n0, OutputColumns& c) {
@@ -126,6 +126,8 @@ __device__ inline void load_columns(const OutputParams& p, int n0, OutputColumns
       values[i] = n0 + i < p.N ? load_float(v.data, v.dtype, (n0 + i) * v.stride) : 0.0f;
     }
   };
+#pragma unroll
+  for (int i = 0; i < 8; ++i) c.bias[i] = -0.0f;
   floats(p.scale_b, c.scale_b);
   floats(p.bias, c.bias);
 }
@@ -273,10 +275,8 @@ __device__ inline void store_words(const OutputParams& p, int64_t m, int n0,
   }
 }
 
-__device__ inline float scale_sum(int32_t acc, float scale_a, float scale_b, float bias,
-                                  bool has_bias) {
-  const float scaled = __fmul_rn(__fmul_rn(__int2float_rn(acc), scale_a), scale_b);
-  return has_bias ? __fadd_rn(scaled, bias) : scaled;  // adding 0 would turn -0 into +0
+__device__ inline float scale_sum(int32_t acc, float scale_a, float scale_b, float bias) {
+  return __fadd_rn(__fmul_rn(__fmul_rn(__int2float_rn(acc), scale_a), scale_b), bias);
 }
 
 __device__ inline uint16_t narrow(float x, DType dtype) {
@@ -310,10 +310,9 @@ __device__ inline void store_row(const OutputParams& p, const OutputColumns& c,
   if (p.dtype == DType::kInt32) return store_words(p, m, n0, acc);
 
   float y[8];
-  const bool has_bias = p.bias.data != nullptr;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    y[i] = scale_sum(acc[i], row.scale_a, c.scale_b[i], c.bias[i], has_bias);
+    y[i] = scale_sum(acc[i], row.scale_a, c.scale_b[i], c.bias[i]);
   }
   if (p.activation != Activation::kNone) activate(p.activation, y);
   if (p.residual.data != nullptr) {

@@ -121,9 +121,9 @@ struct Sm90OutputVisitor {
       for (int i = 0; i < kSize; ++i) {
         const auto mn = coords_mn(epi_v * kSize + i);
         const int m = first_m + cute::get<0>(mn), n = first_n + cute::get<1>(mn);
-        out[i] = narrow(
-            scale_sum(acc[i], shared->scale_a[m], shared->scale_b[n], shared->bias[n], has_bias),
-            params->dtype);
+        out[i] = narrow(scale_sum(acc[i], shared->scale_a[m], shared->scale_b[n],
+                                  has_bias ? shared->bias[n] : -0.0f),
+                        params->dtype);
       }
       return out;
     }

@@ -9,6 +9,7 @@
 // descriptor cache.
 #pragma once
 
+#define CUTLASS_ENABLE_GDC_FOR_SM90  // the kernel waits for its predecessor, see the launch
 #include <cutlass/cutlass.h>
 
 #include <cute/tensor.hpp>
@@ -19,6 +20,7 @@
 
 #include "epilogue/sm90_output_visitor.cuh"
 #include "int8_gemm/int8_gemm_kernels.hpp"
+#include "runtime/dependent_launch.cuh"
 #include "runtime/tma_cache.hpp"
 
 namespace fastq::cuda {
@@ -117,11 +119,13 @@ struct Sm90Gemm {
     config.blockDim = Kernel::get_block_shape();
     config.dynamicSmemBytes = Kernel::SharedStorageSize;
     config.stream = launch.stream;
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {kClusterM, kClusterN, 1};
-    config.attrs = &cluster;
-    config.numAttrs = kClusterM * kClusterN > 1 ? 1 : 0;  // an attribute costs the host time
+    // The producer warp waits for the predecessor before it loads, and everything else in the
+    // kernel, the stores included, comes after what it has loaded.
+    cudaLaunchAttribute attributes[2] = {dependent_launch()};
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {kClusterM, kClusterN, 1};
+    config.attrs = attributes;
+    config.numAttrs = kClusterM * kClusterN > 1 ? 2 : 1;  // an attribute costs the host time
     check(cudaLaunchKernelEx(&config, cutlass::device_kernel<Kernel>, params),
           "launching an sm_90a INT8 GEMM");
   }

@@ -13,8 +13,8 @@ inline const char* family_name(KernelFamily family) {
   return family == KernelFamily::kSm90 ? "sm90" : "sm80";
 }
 
-// kSwapped: the weight's rows are the MMA's (int8_gemm_sm90_swapped.cuh).
-enum class Schedule { kMultistage, kPingpong, kSwapped };
+// kSwapped, kSwappedPingpong: the weight's rows are the MMA's (int8_gemm_sm90_swapped.cuh).
+enum class Schedule { kMultistage, kPingpong, kSwapped, kSwappedPingpong };
 
 inline const char* schedule_name(Schedule schedule) {
   switch (schedule) {
@@ -22,6 +22,8 @@ inline const char* schedule_name(Schedule schedule) {
       return "_pingpong";
     case Schedule::kSwapped:
       return "_swapped";
+    case Schedule::kSwappedPingpong:
+      return "_swapped_pingpong";
     default:
       return "";
   }
@@ -38,7 +40,7 @@ struct TileConfig {
   }
 };
 
-// An instance and how it is launched; only a swapped one leaves a choice.
+// An instance and how it is launched; only Schedule::kSwapped leaves a choice.
 struct GemmConfig {
   KernelFamily family = KernelFamily::kSm80;
   TileConfig tile{};
@@ -67,7 +69,7 @@ inline bool parse_config(const std::string& name, GemmConfig& c) {
   if (std::sscanf(name.c_str(), "sm%*2d/%dx%dx%d", &t.tile_m, &t.tile_n, &t.tile_k) != 3) {
     return false;
   }
-  for (const Schedule s : {Schedule::kPingpong, Schedule::kSwapped}) {
+  for (const Schedule s : {Schedule::kPingpong, Schedule::kSwapped, Schedule::kSwappedPingpong}) {
     if (name.find(schedule_name(s)) != std::string::npos) t.schedule = s;
   }
   const auto option = [&name](const std::string& key, int& value) {

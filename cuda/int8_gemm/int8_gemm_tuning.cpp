@@ -166,7 +166,7 @@ std::vector<GemmConfig> candidate_configs(const GemmShape& s, const GemmDevice& 
   }
   for (const TileConfig& tile : tiles::kSm90) {
     if (tile.schedule != Schedule::kSwapped) {
-      add({KernelFamily::kSm90, tile});
+      if (2 * s.M > tile.tile_m) add({KernelFamily::kSm90, tile});
     } else if (suits(tile, s.M)) {
       add_swapped(tile, s, device, add);
     }

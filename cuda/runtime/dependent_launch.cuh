@@ -1,10 +1,10 @@
 // Programmatic dependent launch: a kernel launched with the attribute may start while the one
 // before it in its stream still runs.
 //
-// Every kernel so launched waits before it touches global memory, and only then lets the next one
-// start: whatever ran before its predecessor has finished by then as well. A launch without the
-// attribute waits for everything, as ever. Code compiled for less than kDependentLaunchArch cannot
-// wait, so it must be launched without, wherever it runs.
+// Every kernel so launched waits before it touches global memory. So when it has finished, whatever
+// ran before its predecessor has finished as well, however early it let its successor start. A
+// launch without the attribute waits for everything, as ever. Code compiled for less than
+// kDependentLaunchArch cannot wait, so it must be launched without, wherever it runs.
 #pragma once
 
 #include <cuda_runtime_api.h>

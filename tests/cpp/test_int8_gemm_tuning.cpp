@@ -69,7 +69,7 @@ const std::string kTable = std::string("# a comment\n\n") +                     
                            "9.0 132 16 4096 4096 " + kSwapped16 + "  # 6.8 us\n" +  //
                            "  9.0\t132 64 4096 4096 " + kSwapped64 + "\r\n" +       //
                            "9.0 132 128 4096 4096 heuristic\n" +                    //
-                           "9.0 132 1024 4096 4096 sm90/128x128x128_swapped\n" +    //
+                           "9.0 132 1024 4096 4096 sm90/128x128x128_pingpong\n" +   //
                            "8.0 108 64 4096 4096 sm80/128x128x64";  // no end of line
 
 void a_line_speaks_for_its_part_of_m() {
@@ -82,8 +82,8 @@ void a_line_speaks_for_its_part_of_m() {
   // As many tiles of 128 as in 1024 rows.
   EXPECT(line_for(table, 129) == "heuristic", "129");
   EXPECT(line_for(table, 896) == "heuristic", "896");
-  EXPECT(line_for(table, 897) == "sm90/128x128x128_swapped", "897");
-  EXPECT(line_for(table, 1024) == "sm90/128x128x128_swapped", "1024");
+  EXPECT(line_for(table, 897) == "sm90/128x128x128_pingpong", "897");
+  EXPECT(line_for(table, 1024) == "sm90/128x128x128_pingpong", "1024");
   EXPECT(line_for(table, 1025) == "heuristic", "1025");
 }
 

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "expect.hpp"
@@ -119,6 +120,16 @@ void tiles_fit_the_problem() {
     const TileConfig tile = config(size, size, size, kH200).tile;
     EXPECT(tile.tile_m * tile.tile_n >= 128 * 128, std::to_string(size));
   }
+  // The height of tiles follows M, so that a token more costs no whole wave of the largest; and an
+  // output that TMA cannot store needs no other tile than its neighbour.
+  for (const auto& [M, tokens] :
+       {std::pair{130, 64}, {257, 96}, {384, 96}, {385, 128}, {500, 128}}) {
+    GemmShape s = shape(M, 4096, 4096);
+    EXPECT(select_config(s, kH200, false).config.tile.tile_m == tokens, std::to_string(M));
+    s.out_is_tma_storable = false;
+    EXPECT(select_config(s, kH200, false).config.tile == tiles::swapped_pingpong(tokens),
+           std::to_string(M));
+  }
   // On the sm_80 side small tiles where large ones leave SMs without work.
   EXPECT(config(128, 128, 64, kA100).tile == tiles::kSm80Small, "one tile");
   EXPECT(config(8192, 8192, 64, kA100).tile == tiles::kSm80Large, "many");
@@ -146,7 +157,9 @@ void bad_configurations_are_refused() {
   refused("sm90/16x64x128_swapped_width12", s);
   refused("sm90/16x64x128_swapped_split9", s);
   refused("sm90/16x64x128_swapped_split5", s);
-  refused("sm90/128x128x128_swapped_blocks2", s);
+  refused("sm90/64x128x128_swapped_blocks2", s);
+  refused("sm90/128x128x128_swapped", s);
+  refused("sm90/96x128x128_swapped_pingpong_width64", s);
   refused("sm90/128x128x128_pingpong_split2", s);
   refused("sm80/128x128x64_split2", s);
   GemmShape strided = s;

@@ -12,7 +12,9 @@ from operands import random_gemm, random_scales
 pytestmark = pytest.mark.cuda
 
 # Tokens and channels are no multiples of any tile, K none of a stage.
+# In the last one a block of every instance has several tiles.
 SHAPES = [(1, 72, 16), (7, 200, 400), (70, 328, 1168), (300, 1000, 272), (131, 136, 2048)]
+SHAPES += [(1030, 3080, 400)]
 
 
 def configurations() -> list[str]:
@@ -150,11 +152,12 @@ def test_every_configuration_in_a_graph_and_on_two_streams(monkeypatch):
             reference.assert_same(out, want)
 
 
-def test_a_chain_in_one_stream_sees_what_came_before():
+@pytest.mark.parametrize("M", [16, 256, 300])
+def test_a_chain_in_one_stream_sees_what_came_before(M):
     """Kernels that start early wait for what they read: each product's output feeds the next."""
     cuda = torch.device("cuda")
     w, sw = fastq.quantize_per_channel(torch.randn(512, 512, device=cuda))
-    x = torch.randn(16, 512, device=cuda)
+    x = torch.randn(M, 512, device=cuda)
 
     def chain() -> torch.Tensor:
         y = x.clone()
