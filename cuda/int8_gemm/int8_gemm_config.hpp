@@ -25,7 +25,7 @@ constexpr TileConfig swapped_pingpong(int tokens) {
 inline constexpr TileConfig kSm90[] = {
     kSm90Medium,          kSm90Large,           swapped(8, 64),       swapped(16, 64),
     swapped(32, 64),      swapped(64, 64),      swapped(16, 128),     swapped(64, 128),
-    swapped_pingpong(64), swapped_pingpong(96), swapped_pingpong(128)};
+    swapped_pingpong(64), swapped_pingpong(80), swapped_pingpong(96), swapped_pingpong(128)};
 inline constexpr TileConfig kSm80[] = {kSm80Small, kSm80Large};
 }  // namespace tiles
 
@@ -159,7 +159,8 @@ inline GemmConfig select_pingpong_config(const GemmShape& s, const GemmDevice& d
     double wave;  // its time, measured on an H200
   };
   double least = 0;
-  for (const Option& option : {Option{128, 1.0}, Option{96, 0.82}, Option{64, 0.62}}) {
+  for (const Option& option :
+       {Option{128, 1.0}, Option{96, 0.85}, Option{80, 0.79}, Option{64, 0.66}}) {
     const int64_t tiles = round_up(ceil_div(s.M, option.tokens), 2) * ceil_div(s.N, 128);
     const double time = option.wave * static_cast<double>(ceil_div(tiles, device.sm_count));
     if (least > 0 && time >= least) continue;
@@ -170,8 +171,8 @@ inline GemmConfig select_pingpong_config(const GemmShape& s, const GemmDevice& d
   // little.
   const int tokens = config.tile.tile_m;
   const int64_t rows = ceil_div(s.M, tokens);
-  const bool fits = rows >= 16 || (rows % 2 == 0 && rows * tokens - s.M <= 16);
-  if (s.out_is_tma_storable && fits && tokens != 96) {
+  const bool fits = rows >= 16 || (rows % 2 == 0 && rows * tokens - s.M <= 32);
+  if (s.out_is_tma_storable && fits && (tokens == 64 || tokens == 128)) {
     config.tile = tokens == 64 ? tiles::kSm90Medium : tiles::kSm90Large;
   }
   return config;

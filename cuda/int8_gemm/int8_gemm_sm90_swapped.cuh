@@ -24,6 +24,7 @@
 //              tokens. The sums are exact, so the order does not matter.
 #pragma once
 
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // widths that are no power of two
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <algorithm>
@@ -68,7 +69,9 @@ struct SwappedTraits {
   static constexpr int kProducerRegisters = kIsNarrow && kWarpgroups == 1 ? 40 : 24;
   static constexpr int kMaxStages = 32;
   // A row of sums is padded against bank conflicts.
-  static constexpr int kChunk = kTokens < 32 ? kTokens : 32;  // tokens of sums written at a time
+  static constexpr int kChunk = kTokens < 32        ? kTokens
+                                : kTokens % 32 == 0 ? 32
+                                                    : 16;  // tokens of sums written at a time
   static constexpr int kPad = 4;
   // What is written of a plain output at a time, in turns that alternate between two buffers.
   static constexpr int kLines = kTokens < 64 ? kTokens : 64;
