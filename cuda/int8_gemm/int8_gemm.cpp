@@ -19,7 +19,8 @@ std::vector<GemmKernel>& kernels() {
 }
 
 GemmDevice gemm_device(const DeviceProps& props) {
-  return {props.cc_major, props.cc_minor, props.sm_count, built_for_sm90a()};
+  return {props.cc_major, props.cc_minor, props.sm_count, built_for_sm90a(),
+          props.shared_memory_per_sm};
 }
 
 void check_sizes(const Int8GemmProblem& p) {
@@ -62,7 +63,7 @@ GemmChoice choose(const Int8GemmProblem& p) {
     if (*problem != '\0') {
       not_implemented("int8_gemm: FASTQ_KERNELS=" + name + ", but " + problem);
     }
-    choice.config = config;
+    choice.take(config, shape);
   }
   return choice;
 }
@@ -114,7 +115,9 @@ void int8_gemm(const Int8GemmProblem& p, Workspace& workspace) {
   if (choice.relayout_b) {
     relayout(p.b, p.stride_bn, p.stride_bk, p.N, p.K, space, padded_k, stream);
     launch.b = space, launch.ld_b = padded_k;
+    space += choice.relayout_b_bytes;
   }
+  launch.partial_sums = reinterpret_cast<int32_t*>(space);
   kernel->launch(launch);
 }
 

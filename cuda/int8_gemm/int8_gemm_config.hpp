@@ -14,8 +14,10 @@ namespace fastq::cuda {
 namespace tiles {
 inline constexpr TileConfig kSm90Medium{64, 128, 128, Schedule::kPingpong};
 inline constexpr TileConfig kSm90Large{128, 128, 128, Schedule::kPingpong};
+inline constexpr TileConfig kSm80Few{16, 128, 128, Schedule::kMultistage};
 inline constexpr TileConfig kSm80Small{64, 64, 128, Schedule::kMultistage};
 inline constexpr TileConfig kSm80Large{128, 128, 64, Schedule::kMultistage};
+inline constexpr TileConfig kSm80Deep{128, 128, 128, Schedule::kMultistage};
 constexpr TileConfig swapped(int tokens, int channels) {
   return {tokens, channels, 128, Schedule::kSwapped};
 }
@@ -26,7 +28,7 @@ inline constexpr TileConfig kSm90[] = {
     kSm90Medium,          kSm90Large,           swapped(8, 64),       swapped(16, 64),
     swapped(32, 64),      swapped(64, 64),      swapped(16, 128),     swapped(64, 128),
     swapped_pingpong(64), swapped_pingpong(80), swapped_pingpong(96), swapped_pingpong(128)};
-inline constexpr TileConfig kSm80[] = {kSm80Small, kSm80Large};
+inline constexpr TileConfig kSm80[] = {kSm80Few, kSm80Small, kSm80Large, kSm80Deep};
 }  // namespace tiles
 
 // What select_config reads of a device and of this build.
@@ -34,6 +36,7 @@ struct GemmDevice {
   int cc_major = 9, cc_minor = 0;
   int sm_count = 132;
   bool has_sm90a_code = true;
+  int64_t smem_per_sm = 228 * 1024;
 };
 
 // The problem in the terms that matter for the choice.
@@ -52,9 +55,11 @@ struct GemmChoice {
   // The operand is first copied to the workspace, K contiguous and padded to 16 bytes.
   bool relayout_a = false, relayout_b = false;
   size_t relayout_a_bytes = 0, relayout_b_bytes = 0;
-  const char* reason = "";  // why not the fast family, for FASTQ_LOG=dispatch
+  size_t partial_sums_bytes = 0;  // of an sm_80 kernel that splits K
+  const char* reason = "";        // why not the fast family, for FASTQ_LOG=dispatch
 
-  size_t workspace_size() const { return relayout_a_bytes + relayout_b_bytes; }
+  size_t workspace_size() const { return relayout_a_bytes + relayout_b_bytes + partial_sums_bytes; }
+  void take(const GemmConfig& c, const GemmShape& s);
 };
 
 inline GemmShape gemm_shape(const Int8GemmProblem& p) {
@@ -76,6 +81,15 @@ inline GemmShape gemm_shape(const Int8GemmProblem& p) {
   return shape;
 }
 
+inline void GemmChoice::take(const GemmConfig& c, const GemmShape& s) {
+  config = c;
+  const bool has_parts = c.family == KernelFamily::kSm80 && c.split_k > 1;
+  partial_sums_bytes = has_parts ? c.split_k * s.M * round_up(s.N, 8) * sizeof(int32_t) : 0;
+}
+
+// Their partial sums take at most 16 times 4 bytes an element of out.
+inline constexpr int64_t kMostSplitTokens = 512;
+
 // Why a configuration cannot run, or does not exist; empty when it can.
 inline const char* config_problem(const GemmConfig& c, const GemmShape& s) {
   const bool sm90 = c.family == KernelFamily::kSm90;
@@ -83,8 +97,15 @@ inline const char* config_problem(const GemmConfig& c, const GemmShape& s) {
   const auto* last = sm90 ? std::end(tiles::kSm90) : std::end(tiles::kSm80);
   if (std::find(first, last, c.tile) == last) return "there is no such instance";
   if (c.tile.schedule != Schedule::kSwapped) {
-    if (c.width > 0 || c.split_k > 1 || c.blocks_per_sm > 1)
-      return "only swapped tiles have options";
+    if (c.width > 0 || c.blocks_per_sm > 1 || (sm90 && c.split_k > 1)) {
+      return "only swapped tiles have such options";
+    }
+    if (!sm90) {
+      if (c.split_k < 1 || c.split_k > 16) return "split_k is not 1 to 16";
+      if (c.split_k > 1 && s.M > kMostSplitTokens) return "K is split for at most 512 tokens";
+      return c.split_k > std::max<int64_t>(ceil_div(s.K, c.tile.tile_k), 1) ? "K has fewer parts"
+                                                                            : "";
+    }
     return c.tile.schedule == Schedule::kPingpong && !s.out_is_tma_storable
                ? "TMA cannot store this output"
                : "";
@@ -129,7 +150,7 @@ inline GemmConfig select_swapped_config(const GemmShape& s, const GemmDevice& de
     if (config.width == 64) config.width = 0;
     return config;
   }
-  if (share <= 128 && tokens > 32) {
+  if (share <= 96 && tokens > 32) {
     config.tile = tiles::swapped(64, 128);
     config.width = static_cast<int>(share);
     return config;
@@ -144,8 +165,7 @@ inline GemmConfig select_swapped_config(const GemmShape& s, const GemmDevice& de
   config.tile = tiles::swapped(tokens, 64);
   const int64_t tiles_per_sm = ceil_div(s.N, int64_t{64} * device.sm_count);
   config.width = static_cast<int>(round_up(ceil_div(s.N, tiles_per_sm * device.sm_count), 8));
-  config.blocks_per_sm = tokens <= 32 ? 2 : 1;
-  if (tokens == 64) config.tile = tiles::swapped(64, 128), config.width = 0;
+  config.blocks_per_sm = tokens <= 16 ? 2 : 1;
   return config;
 }
 
@@ -158,29 +178,55 @@ inline GemmConfig select_pingpong_config(const GemmShape& s, const GemmDevice& d
     int tokens;
     double wave;  // its time, measured on an H200
   };
+  // CUTLASS's kernel is 1-4 % faster where its boxes, which leave the matrix at the edge, do so by
+  // little.
+  const auto suits_cutlass = [&](int tokens) {
+    const int64_t rows = ceil_div(s.M, tokens);
+    const bool fits = rows >= 16 || (rows % 2 == 0 && rows * tokens - s.M <= 4 * rows);
+    return s.out_is_tma_storable && fits && (tokens == 64 || tokens == 128);
+  };
   double least = 0;
   for (const Option& option :
        {Option{128, 1.0}, Option{96, 0.85}, Option{80, 0.79}, Option{64, 0.66}}) {
     const int64_t tiles = round_up(ceil_div(s.M, option.tokens), 2) * ceil_div(s.N, 128);
-    const double time = option.wave * static_cast<double>(ceil_div(tiles, device.sm_count));
+    const double time = option.wave * static_cast<double>(ceil_div(tiles, device.sm_count)) *
+                        (suits_cutlass(option.tokens) ? 0.96 : 1.0);
     if (least > 0 && time >= least) continue;
     least = time;
     config.tile = tiles::swapped_pingpong(option.tokens);
   }
-  // CUTLASS's kernel is 1-3 % faster where its boxes, which leave the matrix at the edge, do so by
-  // little.
   const int tokens = config.tile.tile_m;
-  const int64_t rows = ceil_div(s.M, tokens);
-  const bool fits = rows >= 16 || (rows % 2 == 0 && rows * tokens - s.M <= 32);
-  if (s.out_is_tma_storable && fits && (tokens == 64 || tokens == 128)) {
-    config.tile = tokens == 64 ? tiles::kSm90Medium : tiles::kSm90Large;
-  }
+  if (suits_cutlass(tokens)) config.tile = tokens == 64 ? tiles::kSm90Medium : tiles::kSm90Large;
   return config;
 }
 
 inline GemmConfig select_sm90_config(const GemmShape& s, const GemmDevice& device) {
   const bool few = s.M <= 64 || (s.M <= 128 && 2 * ceil_div(s.N, 64) <= device.sm_count);
   return few ? select_swapped_config(s, device) : select_pingpong_config(s, device);
+}
+
+// Large tiles where they give work to all, else smaller ones; and as many parts of K as it takes to
+// have two blocks on every multiprocessor, none of less than four tiles.
+inline GemmConfig select_sm80_config(const GemmShape& s, const GemmDevice& device) {
+  GemmConfig config;
+  const auto count = [&](const TileConfig& tile) {
+    return ceil_div(s.M, tile.tile_m) * ceil_div(s.N, tile.tile_n);
+  };
+  if (s.M <= 16) {
+    config.tile = tiles::kSm80Few;
+  } else if (count(tiles::kSm80Large) < device.sm_count) {
+    config.tile = tiles::kSm80Small;
+  } else {
+    // Two blocks of the deeper one take 192 KiB.
+    config.tile = device.smem_per_sm >= 200 * 1024 ? tiles::kSm80Deep : tiles::kSm80Large;
+  }
+  if (s.M > kMostSplitTokens) return config;
+  const int64_t blocks = count(config.tile), k_tiles = ceil_div(s.K, config.tile.tile_k);
+  while (config.split_k < 16 && blocks * config.split_k * 2 <= 2 * int64_t{device.sm_count} &&
+         k_tiles >= 8 * config.split_k) {
+    config.split_k *= 2;
+  }
+  return config;
 }
 
 // `forced_sm80` is FASTQ_KERNELS=sm80.
@@ -197,7 +243,7 @@ inline GemmChoice select_config(const GemmShape& s, const GemmDevice& device, bo
   } else if (s.K == 0) {
     choice.reason = "K is 0";
   } else {
-    choice.config = select_sm90_config(s, device);
+    choice.take(select_sm90_config(s, device), s);
     // A TMA store goes on to a multiple of 16 bytes. Should a load do so too, what lies behind a
     // row of K elements would take part in the sums: let it be zero in one of the operands, as
     // relayout leaves it.
@@ -208,8 +254,7 @@ inline GemmChoice select_config(const GemmShape& s, const GemmDevice& device, bo
   if (choice.relayout_b) choice.relayout_b_bytes = round_up(s.N * padded_k, 256);
   if (choice.config.family == KernelFamily::kSm90) return choice;
 
-  const int64_t large_tiles = ceil_div(s.M, 128) * ceil_div(s.N, 128);
-  choice.config.tile = large_tiles < device.sm_count ? tiles::kSm80Small : tiles::kSm80Large;
+  choice.take(select_sm80_config(s, device), s);
   return choice;
 }
 

@@ -21,6 +21,7 @@ struct GemmLaunch {
   int64_t ld_b;
   const DeviceProps* device;
   cudaStream_t stream;
+  int32_t* partial_sums = nullptr;  // where an sm_80 kernel with split_k > 1 has room for them
 };
 
 struct GemmKernel {

@@ -6,6 +6,10 @@
 // takes fragments from there, mma.sync m16n8k32 accumulates exactly in int32. cp.async fills what
 // lies past an edge of M, N or K with zeros, so those need no code in the main loop. The sums go
 // through shared memory, which turns the fragments into rows of out.
+//
+// Split-K, for few tiles: the blocks of a tile each take a part of K and write their int32 sums to
+// the workspace, where finish_partial_sums adds them up. The sums are exact, so the number of parts
+// does not change a bit.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -15,6 +19,7 @@
 
 #include "epilogue/output.cuh"
 #include "int8_gemm/int8_gemm_kernels.hpp"
+#include "int8_gemm/partial_sums.hpp"
 
 namespace fastq::cuda {
 
@@ -24,6 +29,7 @@ struct Sm80Params {
   int64_t ld_a;
   const int8_t* b;
   int64_t ld_b;
+  int64_t part_stride;  // int32 sums of a part of K
   OutputParams output;
 };
 
@@ -31,6 +37,17 @@ struct Sm80Params {
 __device__ inline void copy_async_16(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
                "r"(bytes));
+}
+
+// 16 bytes from global to shared memory, or 16 zeros.
+__device__ inline void copy_async_16_or_zeros(uint32_t shared, const void* global, bool is_there) {
+  asm volatile(
+      "{\n"
+      ".reg .pred absent;\n"
+      "setp.eq.u32 absent, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, absent;\n"
+      "}\n" ::"r"(shared),
+      "l"(global), "r"(static_cast<uint32_t>(is_there)));
 }
 
 // Neighbouring blocks take tiles of the same 8 rows of tiles, so that their operands meet in L2.
@@ -95,15 +112,23 @@ struct TileLoader {
     shared = static_cast<uint32_t>(__cvta_generic_to_shared(&stage0(row < kRows ? row : 0, k)));
   }
 
-  __device__ void operator()(int stage, int k0, int K) const {
-    const int bytes = min(max(K - k0 - k, 0), 16);
+  // Part kPart of kParts of a tile that begins at k0. A whole one ends at K or before it, and costs
+  // fewer instructions.
+  template <int kPart, int kParts, bool kIsWhole>
+  __device__ void copy(int stage, int k0, int K) const {
+    constexpr int kFirst = kCopies * kPart / kParts, kLast = kCopies * (kPart + 1) / kParts;
     const uint32_t target = shared + stage * (kRows * kTileK);
+    const int bytes = min(max(K - k0 - k, 0), 16);
+    const int8_t* from = source + k0 + kFirst * step;
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
+    for (int i = kFirst; i < kLast; ++i, from += step) {
       if (kRows % kRowStep != 0 && static_cast<int>(threadIdx.x) / kChunks >= kRows) break;
-      const bool reads = i < copies && bytes > 0;
-      copy_async_16(target + i * kRowStep * kTileK, reads ? source + i * step + k0 : source,
-                    reads ? bytes : 0);
+      if constexpr (kIsWhole) {
+        copy_async_16_or_zeros(target + i * kRowStep * kTileK, from, i < copies);
+      } else {
+        const bool reads = i < copies && bytes > 0;
+        copy_async_16(target + i * kRowStep * kTileK, reads ? from : source, reads ? bytes : 0);
+      }
     }
   }
 };
@@ -179,15 +204,21 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
   auto to_a = copy_a.get_slice(threadIdx.x).retile_D(rA);
   auto to_b = copy_b.get_slice(threadIdx.x).retile_D(rB);
 
-  const int k_tiles = (p.K + kTileK - 1) / kTileK;
+  // The tiles of K that this block takes; a whole one ends at K or before it.
+  const int all_k_tiles = (p.K + kTileK - 1) / kTileK;
+  const int first_k_tile = static_cast<int>(int64_t{all_k_tiles} * blockIdx.y / gridDim.y);
+  const int k_tiles = static_cast<int>(int64_t{all_k_tiles} * (blockIdx.y + 1) / gridDim.y);
+  const int whole_k_tiles = min(k_tiles, p.K / kTileK);
   const TileLoader<kTileM, kTileK, kThreads> load_a(sA(_, _, 0), p.a, p.ld_a, m0, p.M);
   const TileLoader<kTileN, kTileK, kThreads> load_b(sB(_, _, 0), p.b, p.ld_b, n0, p.N);
+  constexpr int kSteps = kTileK / 32;
   int load_stage = 0;
-  const auto load = [&](int k_tile) {
-    if (k_tile < k_tiles) {
-      load_a(load_stage, k_tile * kTileK, p.K);
-      load_b(load_stage, k_tile * kTileK, p.K);
+  const auto load = [&](auto part, auto parts, auto is_whole, int k_tile) {
+    if (is_whole || k_tile < k_tiles) {
+      load_a.template copy<part, parts, is_whole>(load_stage, k_tile * kTileK, p.K);
+      load_b.template copy<part, parts, is_whole>(load_stage, k_tile * kTileK, p.K);
     }
+    if (part + 1 < parts) return;
     cp_async_fence();  // an empty group keeps the count of groups in flight
     load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
   };
@@ -196,30 +227,43 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
     copy(copy_b, from_b(_, _, k, stage), to_b(_, _, k));
   };
 #pragma unroll
-  for (int k_tile = 0; k_tile < kStages - 1; ++k_tile) load(k_tile);
+  for (int i = 0; i < kStages - 1; ++i) load(_0{}, _1{}, false_type{}, first_k_tile + i);
   cp_async_wait<kStages - 2>();
   __syncthreads();
   read_fragments(0, 0);
 
-  // Fragments are read one step ahead of the MMAs that take them, across tiles too.
-  constexpr int kSteps = kTileK / 32;
+  // Fragments are read one step ahead of the MMAs that take them, across tiles too; a share of the
+  // tile that comes kStages - 1 later is brought at each step but the last, over the tile before
+  // this one.
   int stage = 0;
-  for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      if (k == kSteps - 1) {
+  const auto multiply = [&](int k_tile, auto is_whole) {
+    for_each(make_int_sequence<kSteps>{}, [&](auto k) {
+      if constexpr (k == kSteps - 1) {
         cp_async_wait<kStages - 2>();
         __syncthreads();  // the next tile has arrived, and all have read this one
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
       read_fragments((k + 1) % kSteps, stage);
-      if (k == 0) load(k_tile + kStages - 1);  // over the tile before this one
+      if constexpr (k < kSteps - 1) {
+        load(k, Int<kSteps - 1>{}, is_whole, k_tile + kStages - 1);
+      }
       gemm(mma, rA(_, _, k), rB(_, _, k), acc);
-    }
-  }
+    });
+  };
+  int k_tile = first_k_tile;
+#pragma unroll 1
+  for (; k_tile + kStages - 1 < whole_k_tiles; ++k_tile) multiply(k_tile, true_type{});
+#pragma unroll 1
+  for (; k_tile < k_tiles; ++k_tile) multiply(k_tile, false_type{});
   cp_async_wait<0>();
-  sm80_write<Traits, kTileM, kTileN>(p.output, acc, m0, n0,
-                                     *reinterpret_cast<typename Traits::Sums*>(shared));
+  auto& sums = *reinterpret_cast<typename Traits::Sums*>(shared);
+  if (gridDim.y == 1) {
+    sm80_write<Traits, kTileM, kTileN>(p.output, acc, m0, n0, sums);
+  } else {
+    OutputParams part = p.output;
+    part.out = static_cast<int32_t*>(part.out) + blockIdx.y * p.part_stride;
+    sm80_write<Traits, kTileM, kTileN>(part, acc, m0, n0, sums);
+  }
 }
 
 template <int kTileM, int kTileN, int kTileK, int kStages, int kWarpsM, int kWarpsN>
@@ -236,12 +280,16 @@ struct Sm80Gemm {
 
   static void launch(const GemmLaunch& launch) {
     const Int8GemmProblem& p = *launch.problem;
-    const Sm80Params params{int(p.M),    int(p.N), int(p.K),    launch.a,
-                            launch.ld_a, launch.b, launch.ld_b, output_params(p)};
-    const int64_t blocks = (round_up(p.M, kTileM) / kTileM) * (round_up(p.N, kTileN) / kTileN);
-    kKernel<<<static_cast<unsigned>(blocks), Traits::kThreads, Traits::kSmemBytes, launch.stream>>>(
-        params);
+    const int parts = launch.config->split_k;
+    const PartialSums sums{launch.partial_sums, p.M, p.N, parts};
+    const Sm80Params params{
+        int(p.M),    int(p.N),           int(p.K),
+        launch.a,    launch.ld_a,        launch.b,
+        launch.ld_b, sums.part_stride(), output_params(parts > 1 ? sums.as_output() : p)};
+    const dim3 blocks(static_cast<unsigned>(ceil_div(p.M, kTileM) * ceil_div(p.N, kTileN)), parts);
+    kKernel<<<blocks, Traits::kThreads, Traits::kSmemBytes, launch.stream>>>(params);
     check(cudaGetLastError(), "launching an sm_80 INT8 GEMM");
+    if (parts > 1) finish_partial_sums(sums, p, launch.stream);
   }
 
   static bool register_kernel() {

@@ -146,7 +146,7 @@ GemmChoice select_config(const GemmShape& s, const GemmDevice& device, const Tun
   }
   GemmChoice choice = select_config(s, device, config->family == KernelFamily::kSm80);
   if (choice.config.family != config->family) return choice;  // no code for it here
-  choice.config = *config;
+  choice.take(*config, s);
   choice.reason = "tuned";
   return choice;
 }
@@ -161,7 +161,10 @@ std::vector<GemmConfig> candidate_configs(const GemmShape& s, const GemmDevice& 
     if (std::none_of(found.begin(), found.end(), is_it)) found.push_back(config);
   };
   if (found.front().family == KernelFamily::kSm80) {
-    for (const TileConfig& tile : tiles::kSm80) add({KernelFamily::kSm80, tile});
+    for (const TileConfig& tile : tiles::kSm80) {
+      if (tile.tile_m > 2 * std::max<int64_t>(s.M, 32)) continue;
+      for (const int split_k : {1, 2, 4, 8, 16}) add({KernelFamily::kSm80, tile, 0, split_k});
+    }
     return found;
   }
   for (const TileConfig& tile : tiles::kSm90) {

@@ -50,6 +50,7 @@ DeviceProps read_props(int device) {
   props.cc_minor = attribute(cudaDevAttrComputeCapabilityMinor);
   props.sm_count = attribute(cudaDevAttrMultiProcessorCount);
   props.shared_memory_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  props.shared_memory_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   props.l2_bytes = attribute(cudaDevAttrL2CacheSize);
   cudaDeviceProp full;
   check(cudaGetDeviceProperties(&full, device), "reading the device properties");

@@ -16,6 +16,7 @@ struct DeviceProps {
   int cc_major = 0, cc_minor = 0;
   int sm_count = 0;
   int shared_memory_per_block = 0;  // the most a block may opt in to, bytes
+  int shared_memory_per_sm = 0;
   int l2_bytes = 0;
   std::string name;
   int index = 0;

@@ -21,7 +21,7 @@ using namespace fastq::cuda;  // NOLINT
 const GemmDevice kH200{9, 0, 132, true};
 const GemmDevice kSmallHopper{9, 0, 78, true};
 const GemmDevice kHopperWithoutItsCode{9, 0, 132, false};
-const GemmDevice kA100{8, 0, 108, true};
+const GemmDevice kA100{8, 0, 108, true, 164 * 1024};
 const GemmDevice kBlackwell{10, 0, 148, true};
 const std::vector<GemmDevice> kDevices = {kH200, kSmallHopper, kHopperWithoutItsCode, kA100,
                                           kBlackwell};
@@ -81,7 +81,10 @@ void workspace_holds_the_copies() {
       GemmShape s = shape(M, 77, K);
       const std::string about = text(s, kH200);
       EXPECT((select_config(s, kH200, false).workspace_size() == 0) == (K % 16 == 0), about);
-      EXPECT(select_config(s, kH200, true).workspace_size() == 0, about);
+      // The other family needs none, but for the sums of parts of K.
+      const GemmChoice sm80 = select_config(s, kH200, true);
+      const int64_t sums = sm80.config.split_k > 1 ? sm80.config.split_k * M * 80 * 4 : 0;
+      EXPECT(static_cast<int64_t>(sm80.workspace_size()) == sums, about);
       s.a_is_vectorizable = false;
       GemmChoice choice = select_config(s, kH200, false);
       EXPECT(static_cast<int64_t>(choice.relayout_a_bytes) >= M * row, about);
@@ -91,7 +94,8 @@ void workspace_holds_the_copies() {
       choice = select_config(s, kH200, false);
       EXPECT(static_cast<int64_t>(choice.relayout_b_bytes) >= 77 * row, about);
       EXPECT(choice.workspace_size() == choice.relayout_a_bytes + choice.relayout_b_bytes, about);
-      EXPECT(select_config(s, kH200, true).workspace_size() == choice.workspace_size(), about);
+      EXPECT(select_config(s, kH200, true).workspace_size() == choice.workspace_size() + sums,
+             about);
     }
   }
 }
@@ -133,6 +137,12 @@ void tiles_fit_the_problem() {
   // On the sm_80 side small tiles where large ones leave SMs without work.
   EXPECT(config(128, 128, 64, kA100).tile == tiles::kSm80Small, "one tile");
   EXPECT(config(8192, 8192, 64, kA100).tile == tiles::kSm80Large, "many");
+  EXPECT(select_config(shape(8192, 8192, 64), kH200, true).config.tile == tiles::kSm80Deep,
+         "room for two blocks of it");
+  // And K in parts where even those are few, though not where they would be short.
+  EXPECT(config(8, 1024, 8192, kA100).split_k > 1, "a narrow weight");
+  EXPECT(config(8, 1024, 512, kA100).split_k == 1, "a short K");
+  EXPECT(config(1024, 1024, 8192, kA100).split_k == 1, "a long batch");
 }
 
 void names_are_parsed() {
@@ -161,7 +171,9 @@ void bad_configurations_are_refused() {
   refused("sm90/128x128x128_swapped", s);
   refused("sm90/96x128x128_swapped_pingpong_width64", s);
   refused("sm90/128x128x128_pingpong_split2", s);
-  refused("sm80/128x128x64_split2", s);
+  refused("sm80/128x128x64_width64", s);
+  refused("sm80/128x128x64_split9", s);
+  refused("sm80/128x128x64_split2", shape(4096, 4096, 4096));
   GemmShape strided = s;
   strided.out_is_tma_storable = false;
   refused("sm90/128x128x128_pingpong", strided);

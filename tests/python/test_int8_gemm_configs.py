@@ -23,6 +23,8 @@ def configurations() -> list[str]:
     found = []
     for name in names:
         found.append(name)
+        if name.startswith("sm80/"):
+            found += [f"{name}_split2", f"{name}_split5"]
         if name.endswith("_swapped"):
             tile_m, tile_n = (int(x) for x in name.split("/")[1].split("x")[:2])
             found += [f"{name}_width{tile_n - 24}", f"{name}_split2", f"{name}_width40_split5"]
@@ -37,8 +39,11 @@ def runs_here(name: str) -> bool:
 
 def fits(name: str, shape: tuple[int, int, int], *, plain: bool = True) -> bool:
     """Whether the configuration takes a contiguous problem of this shape."""
-    if "_split" in name and -(-shape[2] // 128) < int(name.split("_split")[1].split("_")[0]):
-        return False
+    if "_split" in name:
+        tile_k = int(name.split("x")[2].split("_")[0])
+        parts = int(name.split("_split")[1].split("_")[0])
+        if -(-shape[2] // tile_k) < parts or (name.startswith("sm80/") and shape[0] > 512):
+            return False
     needs_tma_store = name.startswith("sm90/") and not name.count("_swapped")
     return not needs_tma_store or (plain and shape[1] % 8 == 0)
 
@@ -110,11 +115,12 @@ def test_a_rows_bits_do_not_depend_on_its_batch(monkeypatch):
             assert torch.equal(fastq.int8_gemm(a, b, sa, sb, bias=bias), whole), name
 
 
-def test_split_k_is_deterministic(monkeypatch):
+@pytest.mark.parametrize("name", ["sm80/16x128x128_split8", "sm90/16x64x128_swapped_split8"])
+def test_split_k_is_deterministic(monkeypatch, name):
     a, b, sa, sb = random_gemm(16, 512, 4096, device=torch.device("cuda"), out_dtype=torch.float32)
-    if not runs_here("sm90/"):
-        pytest.skip("only the sm_90 kernels split K")
-    monkeypatch.setenv("FASTQ_KERNELS", "sm90/16x64x128_swapped_split8")
+    if not runs_here(name):
+        pytest.skip("not a Hopper GPU")
+    monkeypatch.setenv("FASTQ_KERNELS", name)
     first = fastq.int8_gemm(a, b, sa, sb, out_dtype=torch.float32)
     for _ in range(100):
         assert torch.equal(fastq.int8_gemm(a, b, sa, sb, out_dtype=torch.float32), first)
@@ -181,7 +187,7 @@ def test_a_configuration_that_cannot_run_says_why(monkeypatch):
     b = torch.ones(16, 128, dtype=torch.int8, device="cuda")
     for name, why in (
         ("sm80/1x1x1", "no such instance"),
-        ("sm80/128x128x64_split2", "only swapped tiles have options"),
+        ("sm80/128x128x64_width64", "only swapped tiles have such options"),
     ):
         monkeypatch.setenv("FASTQ_KERNELS", name)
         with pytest.raises(NotImplementedError, match=why):
