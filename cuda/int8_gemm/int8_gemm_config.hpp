@@ -165,7 +165,7 @@ inline GemmConfig select_swapped_config(const GemmShape& s, const GemmDevice& de
   config.tile = tiles::swapped(tokens, 64);
   const int64_t tiles_per_sm = ceil_div(s.N, int64_t{64} * device.sm_count);
   config.width = static_cast<int>(round_up(ceil_div(s.N, tiles_per_sm * device.sm_count), 8));
-  config.blocks_per_sm = tokens <= 16 ? 2 : 1;
+  config.blocks_per_sm = tokens <= 32 ? 2 : 1;
   return config;
 }
 
