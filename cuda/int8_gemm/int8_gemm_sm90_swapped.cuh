@@ -68,10 +68,8 @@ struct SwappedTraits {
   static constexpr int kConsumerRegisters = kIsNarrow ? (kWarpgroups == 1 ? 200 : 104) : 240;
   static constexpr int kProducerRegisters = kIsNarrow && kWarpgroups == 1 ? 40 : 24;
   static constexpr int kMaxStages = 32;
-  // A row of sums is padded against bank conflicts.
-  static constexpr int kChunk = kTokens < 32        ? kTokens
-                                : kTokens % 32 == 0 ? 32
-                                                    : 16;  // tokens of sums written at a time
+  // Tokens of sums written at a time, their rows padded against bank conflicts.
+  static constexpr int kChunk = kTokens < 32 ? kTokens : kTokens % 32 == 0 ? 32 : 16;
   static constexpr int kPad = 4;
   // What is written of a plain output at a time, in turns that alternate between two buffers.
   static constexpr int kLines = kTokens < 64 ? kTokens : 64;

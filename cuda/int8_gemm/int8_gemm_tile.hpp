@@ -40,12 +40,12 @@ struct TileConfig {
   }
 };
 
-// An instance and how it is launched; most leave little choice.
+// An instance and how it is launched; config_problem knows which options a schedule has.
 struct GemmConfig {
   KernelFamily family = KernelFamily::kSm80;
   TileConfig tile{};
   int width = 0;          // columns of out of a tile, a multiple of 8; 0: tile_n
-  int split_k = 1;        // blocks that share an output tile, each with a part of K; sm_80 too
+  int split_k = 1;        // blocks that share an output tile, each with a part of K
   int blocks_per_sm = 1;  // of the persistent grid, 1 or 2
 };
 
