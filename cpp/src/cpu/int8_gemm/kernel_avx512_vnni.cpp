@@ -171,6 +171,7 @@ void dot_tile_avx512_vnni(const DotTile& t, int32_t* acc) {
 }
 
 const GemmKernels kAvx512VnniGemmKernels = {
-    nullptr, nullptr, packed_tile, dot_tile_avx512_vnni, nullptr, pack_block_avx512, write_tile};
+    nullptr, nullptr, packed_tile,       dot_tile_avx512_vnni,
+    nullptr, nullptr, pack_block_avx512, write_tile};
 
 }  // namespace fastq::cpu

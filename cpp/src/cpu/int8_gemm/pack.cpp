@@ -13,6 +13,7 @@ namespace {
 constexpr char kMagic[8] = {'F', 'A', 'S', 'T', 'Q', 'P', 'K', 'W'};
 constexpr uint32_t kVersion = 1;
 constexpr int64_t kColumnsPerTask = 64;
+constexpr int64_t kPanelRun = 512;
 constexpr int64_t kSerialBytes = 64 * 1024;  // packing less is not worth waking a thread
 
 int64_t sums_bytes(int64_t N) {
@@ -71,6 +72,31 @@ void pack_columns(const GemmKernels& kernels, const int8_t* b, int64_t stride_bk
   } else {
     for (int64_t n0 = 0; n0 < n; n0 += kBlockN) {
       for (int64_t k0 = 0; k0 < K; k0 += kBlockK) pack(k0, n0);
+    }
+  }
+}
+
+void pack_panel(const int8_t* a, int64_t stride_am, int64_t stride_ak, int64_t K, int rows,
+                int8_t* panel) {
+  const int64_t step = rows * kBlockK;
+  const int64_t whole = stride_ak == 1 ? K / kBlockK * kBlockK : 0;
+  // Runs of each row long enough to be fetched ahead, short enough for their panel to stay in L1.
+  for (int64_t k0 = 0; k0 < whole; k0 += kPanelRun) {
+    const int64_t end = std::min(k0 + kPanelRun, whole);
+    for (int r = 0; r < rows; ++r) {
+      const int8_t* row = a + r * stride_am;
+      int8_t* target = panel + k0 * rows + r * kBlockK;
+      for (int64_t k = k0; k < end; k += kBlockK, target += step) {
+        std::memcpy(target, row + k, kBlockK);
+      }
+    }
+  }
+  for (int64_t k0 = whole; k0 < K; k0 += kBlockK) {
+    for (int r = 0; r < rows; ++r) {
+      int8_t* target = panel + k0 * rows + r * kBlockK;
+      for (int64_t k = k0; k < k0 + kBlockK; ++k) {
+        *target++ = k < K ? a[r * stride_am + k * stride_ak] : int8_t{0};
+      }
     }
   }
 }

@@ -40,6 +40,10 @@ const int8_t* packed_blocks(const void* packed, int64_t K, int64_t N);
 void pack_columns(const GemmKernels& kernels, const int8_t* b, int64_t stride_bk, int64_t stride_bn,
                   int64_t K, int64_t n, int8_t* blocks);
 
+// Rows of a as one packed panel, [K / 64][rows][64], zero-padded past K.
+void pack_panel(const int8_t* a, int64_t stride_am, int64_t stride_ak, int64_t K, int rows,
+                int8_t* panel);
+
 void pack_weight(const int8_t* b, int64_t stride_bk, int64_t stride_bn, int64_t K, int64_t N,
                  void* packed);
 
