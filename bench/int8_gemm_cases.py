@@ -169,6 +169,14 @@ def qlinear_product(a, packed, sb, zero_points, *, scale, zero_point):
     )  # fmt: skip
 
 
+def qlinear_dtypes(device: torch.device) -> list[torch.dtype]:
+    """The activations that oneDNN has a fast kernel for: int8 ones with AMX alone, elsewhere they
+    take its reference loop."""
+    if device.type != "cpu":
+        return []
+    return [torch.int8, torch.uint8] if fastq.describe()["cpu"]["isa"] == "amx" else [torch.uint8]
+
+
 def qlinear(p: Problem, dtype: torch.dtype) -> Case:
     """oneDNN's prepacked linear. It has one scale and one zero point for all tokens, and allocates
     its output."""
@@ -232,7 +240,7 @@ def peers(p: Problem, wanted: Wanted) -> dict[str, Case]:
         tensors = inputs()
         if takes(name, product, tensors[0]):
             cases[name] = p.rotate(product, tensors, **options)
-    for dtype in (torch.int8, torch.uint8) if p.device.type == "cpu" else ():
+    for dtype in qlinear_dtypes(p.device):
         name = f"{QLINEAR}[{str(dtype).removeprefix('torch.')}]"
         if wanted(name):
             cases[name] = qlinear(p, dtype)
