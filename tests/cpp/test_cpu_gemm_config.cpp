@@ -55,9 +55,8 @@ void every_choice_is_sound() {
                 EXPECT(c.chunk_n * padded <= 1 << 20 || c.chunk_n == 32, about);
               }
               const bool copies_b = c.algorithm == GemmAlgorithm::kRepack;
-              EXPECT(c.pack_a ==
-                         (isa == Isa::kAmx && (copies_b || c.algorithm == GemmAlgorithm::kPacked)),
-                     about);
+              const bool blocks = copies_b || c.algorithm == GemmAlgorithm::kPacked;
+              EXPECT(c.pack_a == (blocks && isa >= Isa::kAvx512Vnni), about);
               EXPECT(c.slab_m >= std::min(c.chunk_m, M), about);
               if (c.pack_a) {
                 EXPECT(c.chunk_m % 32 == 0 && c.slab_m % 32 == 0, about);  // whole panels
@@ -66,7 +65,8 @@ void every_choice_is_sound() {
                 EXPECT(c.slab_m * padded <= 16 << 20 || c.slab_m == 128, about);
               }
               if (c.pack_a && !copies_b) {
-                EXPECT(c.chunk_m * padded <= 9 << 17 || c.chunk_m == 32, about);
+                const int64_t in_cache = isa == Isa::kAmx ? 9 << 17 : 1 << 19;
+                EXPECT(c.chunk_m * padded <= in_cache || c.chunk_m == 32, about);
               }
               if (c.algorithm == GemmAlgorithm::kSwapped) {
                 EXPECT(static_cast<int64_t>(c.shared_bytes) >= (M + 15) / 16 * 16 * padded, about);

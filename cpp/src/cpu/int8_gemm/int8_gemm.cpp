@@ -5,7 +5,7 @@
 // algorithms is where the operands of a tile lie:
 //
 //   kDot      rows of a and rows of b^T as they are: M = 1 is a stream through the weight
-//   kPacked   rows of a as they are (AMX: packed into panels of 32 first), b in the packed form
+//   kPacked   rows of a as they are (AVX-512: packed into panels of 32 first), b in the packed form
 //   kRepack   the same after the thread packed its chunk_n columns of b, sized to stay in its L2
 //   kSwapped  (AMX) a packed, b^T as it is: the weight of a short batch is read once, never copied
 #include "cpu/int8_gemm/int8_gemm.hpp"
@@ -25,7 +25,8 @@ constexpr int64_t kSwappedTileM = 32;
 constexpr int64_t kRowsInCache = 512 * 1024;      // bytes of a that stay in L2 between tiles
 constexpr int64_t kColumnsInCache = 1024 * 1024;  // bytes of packed b that stay in L2
 constexpr int64_t kSwappedRowsInCache = 1024 * 1024;
-constexpr int64_t kPanelsInCache = 1152 * 1024;        // bytes of panels that stay in L2
+// Bytes of panels that stay in L2: with AMX it has 2 MB, with VNNI 1 MB at least.
+constexpr int64_t kPanelsInCacheAmx = 1152 * 1024, kPanelsInCacheVnni = 512 * 1024;
 constexpr int64_t kSlabBytes = 16 * 1024 * 1024;       // of panels in the workspace
 constexpr int64_t kPackedBytesPerThread = 128 * 1024;  // of a, worth waking a thread for
 constexpr double kThreadNanoseconds = 6000;            // work that is worth waking a thread for
@@ -166,13 +167,15 @@ void run_panels(const Int8GemmProblem& p, const GemmKernels& kernels, const Gemm
   const int64_t block_stride = packed_block_stride(p.K), padded_k = block_stride / kBlockN;
   const int64_t row_tiles = (chunk.m_end - chunk.m_begin + kPanelRows - 1) / kPanelRows;
   const int64_t column_tiles = (chunk.n_end - chunk.n_begin + kTileN - 1) / kTileN;
+  const int32_t* sums = p.b_packed == nullptr ? nullptr : packed_column_sums(p.b_packed);
   const auto tile = [&](int64_t m, int64_t n, const Run& next) {
     const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, chunk.m_end - m));
     const int cols = static_cast<int>(std::min<int64_t>(kTileN, chunk.n_end - n));
     const int8_t* b = blocks + (n - chunk.n_begin) / kBlockN * block_stride;
-    kernels.panel_tile({panels + (m - chunk.m_begin) * padded_k, rows, b, block_stride, cols,
-                        padded_k / kBlockK, output_lines(p, m, rows, n, cols), next},
-                       acc);
+    kernels.panel_tile(
+        {panels + (m - chunk.m_begin) * padded_k, rows, b, block_stride, cols, padded_k / kBlockK,
+         sums == nullptr ? nullptr : sums + n, output_lines(p, m, rows, n, cols), next},
+        acc);
     kernels.write_tile(p, m, rows, n, cols, acc);
   };
   const auto row = [&](int64_t i) { return chunk.m_begin + i * kPanelRows; };
@@ -252,7 +255,7 @@ void copy_rows(const Int8GemmProblem& p, int threads, int8_t* copy) {
   });
 }
 
-void pack_panels(const Int8GemmProblem& p, int64_t m_begin, int64_t m_end, int threads,
+void pack_panels(const Int8GemmProblem& p, int64_t m_begin, int64_t m_end, int threads, int8_t flip,
                  int8_t* panels) {
   const int64_t padded_k = round_up(p.K, kBlockK);
   const int64_t useful = (m_end - m_begin) * padded_k / kPackedBytesPerThread + 1;
@@ -261,7 +264,7 @@ void pack_panels(const Int8GemmProblem& p, int64_t m_begin, int64_t m_end, int t
   parallel_for(tasks, threads, [&](int64_t task, int) {
     const int64_t m = m_begin + task * kPanelRows;
     const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, m_end - m));
-    pack_panel(p.a + m * p.stride_am, p.stride_am, p.stride_ak, p.K, rows,
+    pack_panel(p.a + m * p.stride_am, p.stride_am, p.stride_ak, p.K, rows, flip,
                panels + (m - m_begin) * padded_k);
   });
 }
@@ -278,7 +281,9 @@ void pack_rows(const Int8GemmProblem& p, const GemmKernels& kernels, int threads
 // Rows [m_begin, m_end): the whole of a, or one slab of it.
 void run_rows(const Int8GemmProblem& p, const GemmKernels& kernels, const GemmConfig& config,
               const Space& space, int64_t m_begin, int64_t m_end) {
-  if (config.pack_a) pack_panels(p, m_begin, m_end, config.threads, space.shared);
+  if (config.pack_a) {
+    pack_panels(p, m_begin, m_end, config.threads, kernels.panel_flip, space.shared);
+  }
   const int64_t chunks_m = (m_end - m_begin + config.chunk_m - 1) / config.chunk_m;
   const int64_t chunks_n = (p.N + config.chunk_n - 1) / config.chunk_n;
   // Consecutive tasks share what stays in cache: rows, or columns of b.
@@ -309,7 +314,7 @@ GemmConfig select_gemm_config(const Int8GemmProblem& p, Isa isa, int max_threads
   const bool swapped = config.algorithm == GemmAlgorithm::kSwapped;
   const bool repack = config.algorithm == GemmAlgorithm::kRepack;
   const bool packed = config.algorithm == GemmAlgorithm::kPacked;
-  config.pack_a = isa == Isa::kAmx && (packed || repack);
+  config.pack_a = isa >= Isa::kAvx512Vnni && (packed || repack);
   config.copy_a = !swapped && !config.pack_a && !a_is_contiguous(p);
 
   const int64_t padded_k = std::max<int64_t>(round_up(p.K, kBlockK), kBlockK);
@@ -322,7 +327,8 @@ GemmConfig select_gemm_config(const Int8GemmProblem& p, Isa isa, int max_threads
   const int64_t wanted = config.threads == 1 ? 1 : config.threads * (repack ? 2 : 4);
   const int64_t slab_m = std::min(config.slab_m, p.M);
   if (config.pack_a && packed) {
-    const int64_t limit_m = kPanelsInCache / padded_k / kPanelRows * kPanelRows;
+    const int64_t in_cache = isa == Isa::kAmx ? kPanelsInCacheAmx : kPanelsInCacheVnni;
+    const int64_t limit_m = in_cache / padded_k / kPanelRows * kPanelRows;
     config.chunk_m = chunk_size(slab_m, kPanelRows, limit_m, 1);
     const int64_t chunks_m = (slab_m + config.chunk_m - 1) / config.chunk_m;
     config.chunk_n = chunk_size(p.N, kTileN, p.N, (wanted + chunks_m - 1) / chunks_m);

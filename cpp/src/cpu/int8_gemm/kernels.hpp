@@ -11,6 +11,10 @@
 #include "core/problem.hpp"
 #include "cpu/isa.hpp"
 
+// Before a loop over accumulators: unrolled early, they are registers. GCC otherwise keeps an array
+// of them on the stack and stores each one after each use.
+#define FASTQ_UNROLL _Pragma("GCC unroll 16")
+
 namespace fastq::cpu {
 
 constexpr int kTileM = 128;
@@ -47,16 +51,17 @@ struct PackedTile {
   Fetch out;  // what the output will be written to
 };
 
-// The same sums with rows of a in packed form, [K / 64][rows][64], zero-padded past K.
+// The same sums with rows of a in packed form, [K / 64][rows][64].
 struct PanelTile {
   const int8_t* a;
   int rows;  // at most kPanelRows
   const int8_t* b;
   int64_t block_stride;
-  int cols;        // at most kTileN
-  int64_t blocks;  // of K
-  Fetch out;       // what the output will be written to
-  Run next;        // a share of what the tiles after this one read
+  int cols;                    // at most kTileN
+  int64_t blocks;              // of K
+  const int32_t* column_sums;  // sum_k b(k, n), or null where they are not known
+  Fetch out;                   // what the output will be written to
+  Run next;                    // a share of what the tiles after this one read
 };
 
 // acc[m][n] = sum_k a[m * stride_am + k] * w[n * stride_wn + k]
@@ -97,9 +102,10 @@ struct GemmKernels {
   // Set up and leave whatever state the tile functions need on a thread. May be null.
   void (*begin)();
   void (*end)();
-  void (*packed_tile)(const PackedTile& tile, int32_t* acc);  // null for AMX
+  void (*packed_tile)(const PackedTile& tile, int32_t* acc);  // null where panel_tile is not
   void (*dot_tile)(const DotTile& tile, int32_t* acc);
-  void (*panel_tile)(const PanelTile& tile, int32_t* acc);      // null but for AMX
+  void (*panel_tile)(const PanelTile& tile, int32_t* acc);      // null for scalar and AVX2
+  int8_t panel_flip;                                            // xor-ed into the bytes of panels
   void (*swapped_tile)(const SwappedTile& tile, int32_t* acc);  // null but for AMX
   // One block from b[k * stride_bk + n * stride_bn], zero-padded past k and n.
   void (*pack_block)(const int8_t* b, int64_t stride_bk, int64_t stride_bn, int k, int n,
