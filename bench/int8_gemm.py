@@ -8,6 +8,8 @@ A line's ``ratios`` are the times of its peers over its own: above 1 this one is
 
 - ``reference``: the fastest of CUTLASS's tiles in ``bench/reference`` (GPUs of compute capability
   9.0); ``dispatcher``: the one that vLLM's dispatcher picks; ``beyond``: what it has not;
+- ``qlinear``: oneDNN's prepacked linear (CPUs), which has one scale for all tokens; the peer of
+  ``fastq[packed]``;
 - ``int_mm``: ``torch._int_mm``, which gives the raw int32 sums, without scales;
 - ``bf16``: ``torch.mm``; ``fp8``: ``torch._scaled_mm`` with row-wise scales.
 
@@ -27,6 +29,7 @@ from .int8_gemm_cases import (
     BF16_MM,
     FP8_MM,
     INT_MM,
+    QLINEAR,
     Problem,
     Wanted,
     ours,
@@ -35,6 +38,7 @@ from .int8_gemm_cases import (
 )
 
 Timings = dict[str, timing.Timing]
+SHOWN = {int8_gemm_summary.OURS, int8_gemm_summary.PACKED}  # unless --verbose
 
 
 def fastest_peers(timings: Timings, M: int, N: int) -> dict[str, str]:
@@ -43,6 +47,7 @@ def fastest_peers(timings: Timings, M: int, N: int) -> dict[str, str]:
         "reference": "reference[",
         "dispatcher": f"reference[{reference_tiles.dispatched_tile(M, N)}]",
         "beyond": "beyond[",
+        "qlinear": QLINEAR,
         "int_mm": INT_MM,
         "bf16": BF16_MM,
         "fp8": FP8_MM,
@@ -102,13 +107,14 @@ class Bench:
                 ratios=ratios,
             )
             lines.append(line)
-        self.show(lines if self.verbose else lines[:1])
+        shown = {line["implementation"] for line in lines} if self.verbose else SHOWN
+        self.show([line for line in lines if line["implementation"] in shown])
 
     def show(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
             against = " ".join(f"{kind} {ratio:.3f}" for kind, ratio in line["ratios"].items())
             config = f" | {line['config']}" if self.verbose and line["config"] else ""
-            width = 44 if self.verbose else 8
+            width = 44 if self.verbose else 13
             if line["timer"] == timing.NOT_CAPTURED:
                 config += f" | {line['timer']}"
             print(
@@ -153,6 +159,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="every implementation of a shape")
     options = parser.parse_args()
     writer = results.writer(options, "int8_gemm")
+    if options.device == "cpu":
+        timing.keep_freed_memory()
     bench = Bench(options, writer)
     for sizes, tag in chosen_shapes(options):
         bench.run(sizes, tag)

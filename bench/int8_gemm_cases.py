@@ -17,15 +17,18 @@ import torch
 import fastq
 
 from . import timing
+from .int8_gemm_summary import PACKED, QUANTIZED
 from .reference_tiles import Reference, Tile
 
 INT_MM = "torch._int_mm"
+QLINEAR = "torch.ops.onednn.qlinear_pointwise"
 BF16_MM = "torch.mm[bfloat16]"
 FP8_MM = "torch._scaled_mm[float8 rowwise]"
-QUANTIZED = "fastq[quantize+gemm]"  # from a bfloat16 activation
 
 # The small batches, where the quantisation weighs most.
 MAX_M_QUANTIZED = 128
+# Many times behind on a CPU, and slow enough to hold up the run.
+MAX_FLOAT32_MACS = 2048**3
 # One small tile a CTA: far behind for larger M, and slow enough to hold up the run.
 MAX_M_WARPSPECIALIZED = 512
 
@@ -145,17 +148,54 @@ def ours(p: Problem, families: list[str], wanted: Wanted) -> dict[str, Case]:
                 config = fastq.describe_int8_gemm(p.qx, p.qw.t())
             product = fastq.int8_gemm if family == "default" else partial(in_family, family)
             cases[name] = p.rotate(product, p.int8, INT8, config)
-    if p.device.type == "cpu" and wanted("fastq[packed]"):
+    if p.device.type == "cpu" and wanted(PACKED):
         packed = fastq.pack_weight(p.qw.t())
         inputs = p.copies(p.qx, p.sx, p.sw, packed.data)
         config = fastq.describe_int8_gemm(p.qx, packed)
         product = partial(packed_product, shape=packed.shape)
-        cases["fastq[packed]"] = p.rotate(product, inputs, INT8, config)
+        cases[PACKED] = p.rotate(product, inputs, INT8, config)
     if p.device.type == "cuda" and p.M <= MAX_M_QUANTIZED and wanted(QUANTIZED):
         activations = p.copies(p.x.bfloat16(), like=len(p.int8))
         inputs = [(x, b, sb) for (x,), (_, b, _, sb) in zip(activations, p.int8, strict=True)]
         cases[QUANTIZED] = p.rotate(quantized_product, inputs, "bfloat16, int8 -> bfloat16")
     return cases
+
+
+def qlinear_product(a, packed, sb, zero_points, *, scale, zero_point):
+    out_scale, out_zero_point = 1.0, 0  # of a quantised output
+    return torch.ops.onednn.qlinear_pointwise(
+        a, scale, zero_point, packed, sb, zero_points, None, out_scale, out_zero_point,
+        torch.bfloat16, "none", [], "",
+    )  # fmt: skip
+
+
+def qlinear_dtypes(device: torch.device) -> list[torch.dtype]:
+    """The activations that oneDNN has a fast kernel for: int8 ones with AMX alone, elsewhere they
+    take its reference loop."""
+    if device.type != "cpu":
+        return []
+    return [torch.int8, torch.uint8] if fastq.describe()["cpu"]["isa"] == "amx" else [torch.uint8]
+
+
+def qlinear(p: Problem, dtype: torch.dtype) -> Case:
+    """oneDNN's prepacked linear. It has one scale and one zero point for all tokens, and allocates
+    its output."""
+    scale = p.x.abs().max().item() / 127
+    zero_point = 128 if dtype == torch.uint8 else 0
+    a = ((p.x / scale).round() + zero_point).to(dtype)
+    sb, weight_zero_points = p.sw.flatten(), torch.zeros(p.N, dtype=torch.int64)
+    # The form of a packed weight may depend on the activation's shape. Its bytes cannot be cloned.
+    copies = [torch.ops.onednn.qlinear_prepack(p.qw, [p.M, p.K]) for _ in p.int8]
+    product = partial(qlinear_product, scale=scale, zero_point=zero_point)
+    inputs = [(a.clone(), packed, sb.clone(), weight_zero_points) for packed in copies]
+    expected = (
+        (a[:64].double() - zero_point) * scale @ (p.qw.double() * p.sw.double().view(-1, 1)).t()
+    )
+    error = (product(*inputs[0])[:64] - expected).abs().max() / expected.abs().max()
+    assert error < 2**-8, error
+    size = a.nbytes + p.qw.nbytes + sb.nbytes + p.M * p.N * torch.bfloat16.itemsize
+    name = str(dtype).removeprefix("torch.")
+    return Case([partial(product, *tensors) for tensors in inputs], size, f"{name} -> bfloat16")
 
 
 def takes(name: str, product: Callable[..., object], tensors: Tensors) -> bool:
@@ -181,11 +221,12 @@ def peers(p: Problem, wanted: Wanted) -> dict[str, Case]:
             lambda: p.copies(p.qx, p.qw.t().contiguous()),
             sums,
         )
-        candidates["torch.mm[float32]"] = (
-            torch.mm,
-            lambda: p.copies(p.x, p.w.t()),
-            {"dtype": "float32", "out": torch.float32},
-        )
+        if p.M * p.N * p.K <= MAX_FLOAT32_MACS:
+            candidates["torch.mm[float32]"] = (
+                torch.mm,
+                lambda: p.copies(p.x, p.w.t()),
+                {"dtype": "float32", "out": torch.float32},
+            )
     else:
         candidates[FP8_MM] = (
             partial(torch._scaled_mm, out_dtype=torch.bfloat16, use_fast_accum=True),
@@ -199,6 +240,10 @@ def peers(p: Problem, wanted: Wanted) -> dict[str, Case]:
         tensors = inputs()
         if takes(name, product, tensors[0]):
             cases[name] = p.rotate(product, tensors, **options)
+    for dtype in qlinear_dtypes(p.device):
+        name = f"{QLINEAR}[{str(dtype).removeprefix('torch.')}]"
+        if wanted(name):
+            cases[name] = qlinear(p, dtype)
     return cases
 
 

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 from . import results
 
 Line = dict[str, Any]
-OURS, QUANTIZED = "fastq", "fastq[quantize+gemm]"
+OURS, PACKED = "fastq", "fastq[packed]"
+QUANTIZED = "fastq[quantize+gemm]"  # from a bfloat16 activation
 PASSES = 0.98  # a ratio of 1, less what two equal times may differ by
 
 NAMES = {
     "reference": "the best reference tile",
     "dispatcher": "the dispatcher's tile",
     "beyond": "stream-K",
+    "qlinear": "oneDNN's prepacked linear",
     "int_mm": "`_int_mm`",
     "bf16": "bf16 `mm`",
     "fp8": "fp8 `_scaled_mm`",
@@ -39,10 +41,14 @@ class Figure(NamedTuple):
 
 
 def ratios(
-    lines: list[Line], kind: str, which: Callable[[int], bool], implementation: str = OURS
+    lines: list[Line],
+    kind: str,
+    which: Callable[[int], bool],
+    implementation: str | None = None,
 ) -> dict[str, float]:
-    """Shape -> ratio of an implementation's lines on CUDA graphs that have one and whose M is asked
-    for."""
+    """Shape -> ratio of an implementation's lines that have one and whose M is asked for. A
+    prepacked peer's is that of our packed weight."""
+    implementation = implementation or (PACKED if kind == "qlinear" else OURS)
     return {
         results.shape_text(line["shape"]): line["ratios"][kind]
         for line in lines
@@ -107,7 +113,7 @@ def figures(lines: list[Line]) -> list[Figure]:
         *worst(f"M ≥ 512, against {reference}", ratios(lines, "reference", large)),
         *mean(f"M ≥ 512, against {dispatcher}", ratios(lines, "dispatcher", large)),
     ]
-    for kind in ("reference", "dispatcher", "beyond", "int_mm", "bf16", "fp8"):
+    for kind in NAMES:
         values = ratios(lines, kind, every)
         found += mean(f"every M, against {NAMES[kind]}", values)
         found += worst(f"every M, against {NAMES[kind]}", values)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from . import int8_gemm_summary
-from .int8_gemm_cases import BF16_MM, INT_MM, QUANTIZED
+from .int8_gemm_cases import BF16_MM, INT_MM, QLINEAR
+from .int8_gemm_summary import PACKED, QUANTIZED
 from .results import REPOSITORY, RESULTS, newest
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -36,32 +37,42 @@ def microseconds(line: Line | None) -> str:
     return "" if line is None else f"{line['p50_us']:,.1f}"
 
 
-def gemm_rows(lines: list[Line]) -> list[list[str]]:
-    """Our fastest form of each shape beside the fastest layout of torch._int_mm and bfloat16."""
+def speedup(ours: Line | None, peer: Line | None) -> str:
+    return "" if ours is None or peer is None else f"{peer['p50_us'] / ours['p50_us']:.2f}"
+
+
+def gemm_table(lines: list[Line]) -> list[str]:
+    """Our fastest form of each shape beside the fastest forms of torch's products; the packed one
+    beside oneDNN's, which is prepacked too. Columns that nothing was timed for are left out."""
     rows = []
     for shape, cases in by_shape(lines).items():
+
+        def fastest(prefix: str, cases: dict[str, Line] = cases) -> Line | None:
+            found = [line for name, line in cases.items() if name.startswith(prefix)]
+            return min(found, key=lambda line: line["p50_us"], default=None)
+
+        packed, qlinear = cases.get(PACKED), fastest(QLINEAR)
+        int_mm, bf16 = fastest(INT_MM), cases.get(BF16_MM)
         ours = [
             line for name, line in cases.items() if name.startswith("fastq") and name != QUANTIZED
         ]
-        theirs = [line for name, line in cases.items() if name.startswith(INT_MM)]
         best = min(ours, key=lambda line: line["p50_us"])
-        int_mm = min(theirs, key=lambda line: line["p50_us"], default=None)
-        bf16 = cases.get(BF16_MM)
-        speedups = [
-            f"{other['p50_us'] / best['p50_us']:.2f}" if other else "" for other in (int_mm, bf16)
-        ]
-        name = best["implementation"].removeprefix("fastq")
         rows.append(
-            [
-                " × ".join(str(size) for size in shape),
-                microseconds(best) + (f" {name}" if name else ""),
-                f"{best['rate']:,.1f}" if best["rate"] >= 10 else f"{best['rate']:.2f}",
-                microseconds(int_mm),
-                microseconds(bf16),
-                *speedups,
-            ]
+            {
+                "M × N × K": " × ".join(str(size) for size in shape),
+                "fastq µs": microseconds(best),
+                "TOP/s": f"{best['rate']:,.1f}" if best["rate"] >= 10 else f"{best['rate']:.2f}",
+                "packed µs": microseconds(packed),
+                "`qlinear` µs": microseconds(qlinear),
+                "`_int_mm` µs": microseconds(int_mm),
+                "bf16 `mm` µs": microseconds(bf16),
+                "packed × `qlinear`": speedup(packed, qlinear),
+                "× `_int_mm`": speedup(best, int_mm),
+                "× bf16": speedup(best, bf16),
+            }
         )
-    return rows
+    head = [name for name in rows[0] if any(row[name] for row in rows)]
+    return table(head, [[row[name] for name in head] for row in rows])
 
 
 def reference_table(lines: list[Line]) -> list[str]:
@@ -83,14 +94,12 @@ def reference_table(lines: list[Line]) -> list[str]:
 def gemm_tables(lines: list[Line]) -> list[str]:
     """One table of all, or the larger run's: ours beside the reference tiles, its summary, and the
     shapes that bars are set on beside torch."""
-    head = ["M × N × K", "fastq µs", "TOP/s", "`_int_mm` µs", "bf16 `mm` µs"]
-    head += ["× `_int_mm`", "× bf16"]
     ours = [line for line in lines if line["implementation"] == "fastq"]
     compared = [line for line in ours if "reference" in line.get("ratios", {})]
     if not compared:
-        return table(head, gemm_rows(lines))
+        return gemm_table(lines)
     bars = [line["shape"] for line in ours if line["tag"] == "bar"]
-    text = table(head, gemm_rows([line for line in lines if line["shape"] in bars]))
+    text = gemm_table([line for line in lines if line["shape"] in bars])
     text += ["`int8_gemm`, µs (and × the best of CUTLASS's tiles in `bench/reference`):", ""]
     text += reference_table(compared)
     figures = int8_gemm_summary.figures(lines)

@@ -1,5 +1,6 @@
 // The choice of a CPU algorithm for an INT8 GEMM is a pure function: every choice covers the
 // output, fits its caches, and asks for a workspace that its own offsets stay within.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <initializer_list>
@@ -52,6 +53,20 @@ void every_choice_is_sound() {
               if (c.algorithm == GemmAlgorithm::kRepack) {
                 EXPECT(static_cast<int64_t>(c.thread_bytes) >= c.chunk_n * padded, about);
                 EXPECT(c.chunk_n * padded <= 1 << 20 || c.chunk_n == 32, about);
+              }
+              const bool copies_b = c.algorithm == GemmAlgorithm::kRepack;
+              const bool blocks = copies_b || c.algorithm == GemmAlgorithm::kPacked;
+              EXPECT(c.pack_a == (blocks && isa >= Isa::kAvx512Vnni), about);
+              EXPECT(c.slab_m >= std::min(c.chunk_m, M), about);
+              if (c.pack_a) {
+                EXPECT(c.chunk_m % 32 == 0 && c.slab_m % 32 == 0, about);  // whole panels
+                EXPECT(static_cast<int64_t>(c.shared_bytes) >= std::min(c.slab_m, M) * padded,
+                       about);
+                EXPECT(c.slab_m * padded <= 16 << 20 || c.slab_m == 128, about);
+              }
+              if (c.pack_a && !copies_b) {
+                const int64_t in_cache = isa == Isa::kAmx ? 9 << 17 : 1 << 19;
+                EXPECT(c.chunk_m * padded <= in_cache || c.chunk_m == 32, about);
               }
               if (c.algorithm == GemmAlgorithm::kSwapped) {
                 EXPECT(static_cast<int64_t>(c.shared_bytes) >= (M + 15) / 16 * 16 * padded, about);

@@ -30,6 +30,18 @@ def test_equals_reference(isa, out_dtype, monkeypatch):
     check(random_gemm(150, 300, 500, device=CPU, out_dtype=out_dtype), out_dtype)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("plain", [False, True], ids=["packed", "plain"])
+def test_more_rows_than_one_pass_takes(isa, plain, monkeypatch):
+    """K so large that rows are worked through in several chunks, and in several slabs."""
+    monkeypatch.setenv("FASTQ_CPU_ISA", isa)
+    a, b, sa, sb = random_gemm(301, 70, 66003, device=CPU)
+    expected = reference.int8_gemm(a, b, sa, sb)
+    for rows in (a, a.t().contiguous().t()):
+        weight = b.contiguous() if plain else fastq.pack_weight(b)
+        reference.assert_same(fastq.int8_gemm(rows, weight, sa, sb), expected)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packs_any_layout(layout):
     a, b, sa, sb = random_gemm(5, 70, 130, device=CPU)

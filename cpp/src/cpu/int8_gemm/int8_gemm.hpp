@@ -22,6 +22,8 @@ struct GemmConfig {
   GemmAlgorithm algorithm;
   int threads;
   bool copy_a;          // a is not contiguous along K: copied to the workspace first
+  bool pack_a;          // a is packed into panels first, as b is (AVX-512)
+  int64_t slab_m;       // rows of a packed at a time
   int64_t tile_m;       // rows of a per tile call
   int64_t chunk_m;      // rows of a per task
   int64_t chunk_n;      // columns of b per task

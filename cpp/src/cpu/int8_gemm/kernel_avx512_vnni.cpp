@@ -1,21 +1,25 @@
 // int8_gemm with AVX512-VNNI.
 //
 // VPDPBUSD multiplies unsigned by signed bytes and adds four products to an int32 lane, without
-// saturation. The weight is made unsigned by flipping its top bit (b + 128), so every sum comes out
-// 128 * sum_k a[m, k] too large; the accumulators start at minus that. All of it is exact modulo
-// 2^32, and the true sum fits an int32.
+// saturation. One operand is made unsigned by flipping its top bit (x + 128), so every sum comes
+// out 128 times the sum of the other one too large, which is taken off. A packed activation is
+// flipped where it is packed; in a dot product the weight is. All of it is exact modulo 2^32, and
+// the true sum fits an int32.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/int8_gemm/epilogue.hpp"
+#include "cpu/int8_gemm/fetch.hpp"
 #include "cpu/int8_gemm/kernels.hpp"
 #include "cpu/int8_gemm/pack_avx512.hpp"
 
 namespace fastq::cpu {
 namespace {
 
-constexpr int64_t kBlocksInL1 = 8;  // K blocks of 32 columns: 16 KB
+constexpr int64_t kBlocksInL1 = 4;      // K blocks of 32 columns: 8 KB
+constexpr int64_t kStreamAhead = 2048;  // bytes of a column block fetched into L1 before their use
 
 inline __m512i flip(__m512i b) { return _mm512_xor_si512(b, _mm512_set1_epi8(-128)); }
 
@@ -38,66 +42,93 @@ int32_t row_excess(const int8_t* a, int64_t K) {
   return _mm512_reduce_add_epi32(sum);
 }
 
-// acc[0:MR][0:16 * NR] += a times `blocks` K blocks
+// acc[0:MR][0:16 * NR] += a times `blocks` K blocks. The rows of a are unsigned and lie 64 bytes
+// apart, their next K block `a_step` bytes on. Each line of b fetches the one `ahead` bytes on.
 template <int MR, int NR>
-void multiply_blocks(const int8_t* a, int64_t stride_am, const int8_t* b, int64_t block_stride,
-                     int64_t blocks, int32_t* acc) {
+void multiply_blocks(const int8_t* a, int64_t a_step, const int8_t* b, int64_t block_stride,
+                     int64_t blocks, int64_t ahead, int32_t* acc) {
   __m512i sum[MR][NR];
-  for (int i = 0; i < MR; ++i) {
-    for (int j = 0; j < NR; ++j) sum[i][j] = _mm512_loadu_si512(acc + i * kTileN + j * kBlockN);
+  FASTQ_UNROLL for (int i = 0; i < MR; ++i) {
+    FASTQ_UNROLL for (int j = 0; j < NR; ++j) {
+      sum[i][j] = _mm512_load_si512(acc + i * kTileN + j * kBlockN);
+    }
   }
-  for (int64_t group = 0; group < blocks * 16; ++group, a += 4, b += 64) {
-    __m512i weight[NR];
-    for (int j = 0; j < NR; ++j) weight[j] = flip(_mm512_loadu_si512(b + j * block_stride));
-    for (int i = 0; i < MR; ++i) {
-      const __m512i activation = broadcast_group(a + i * stride_am);
-      for (int j = 0; j < NR; ++j) {
-        sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], weight[j], activation);
+  for (int64_t block = 0; block < blocks; ++block, a += a_step) {
+    for (int k = 0; k < kBlockK; k += 4, b += 64) {
+      __m512i weight[NR];
+      FASTQ_UNROLL for (int j = 0; j < NR; ++j) {
+        weight[j] = _mm512_loadu_si512(b + j * block_stride);
+        fetch_run<_MM_HINT_T0>(address(b) + j * block_stride + ahead, 64);
+      }
+      FASTQ_UNROLL for (int i = 0; i < MR; ++i) {
+        const __m512i activation = broadcast_group(a + i * kBlockK + k);
+        FASTQ_UNROLL for (int j = 0; j < NR; ++j) {
+          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], activation, weight[j]);
+        }
       }
     }
   }
-  for (int i = 0; i < MR; ++i) {
-    for (int j = 0; j < NR; ++j) _mm512_storeu_si512(acc + i * kTileN + j * kBlockN, sum[i][j]);
+  FASTQ_UNROLL for (int i = 0; i < MR; ++i) {
+    FASTQ_UNROLL for (int j = 0; j < NR; ++j) {
+      _mm512_store_si512(acc + i * kTileN + j * kBlockN, sum[i][j]);
+    }
   }
 }
 
 template <int NR>
-void multiply_rows(const int8_t* a, int64_t stride_am, int rows, const int8_t* b,
-                   int64_t block_stride, int64_t blocks, int32_t* acc) {
+void multiply_rows(const int8_t* a, int rows, const int8_t* b, int64_t block_stride, int64_t blocks,
+                   int32_t* acc) {
+  const int64_t a_step = rows * kBlockK;
   int r = 0;
   const auto step = [&](auto kernel, int count) {
     for (; r + count <= rows; r += count) {
-      kernel(a + r * stride_am, stride_am, b, block_stride, blocks, acc + r * kTileN);
+      const int64_t ahead = r == 0 ? kStreamAhead : 0;
+      kernel(a + r * kBlockK, a_step, b, block_stride, blocks, ahead, acc + r * kTileN);
     }
   };
-  step(multiply_blocks<12, NR>, 12);
-  step(multiply_blocks<6, NR>, 6);
-  step(multiply_blocks<3, NR>, 3);
+  step(multiply_blocks<8, NR>, 8);
+  step(multiply_blocks<4, NR>, 4);
+  step(multiply_blocks<2, NR>, 2);
   step(multiply_blocks<1, NR>, 1);
 }
 
-void packed_tile(const PackedTile& t, int32_t* acc) {
-  fetch_lines(t.out);
+// Every sum is 128 * sum_k b[k, n] too large: where the accumulators start.
+inline __m512i column_start(const int8_t* b, int64_t blocks) {
+  const __m512i u128 = _mm512_set1_epi8(-128);
+  __m512i sum[2] = {};
+  for (int64_t group = 0; group < blocks * 16; group += 2, b += 128) {
+    sum[0] = _mm512_dpbusd_epi32(sum[0], u128, _mm512_loadu_si512(b));
+    sum[1] = _mm512_dpbusd_epi32(sum[1], u128, _mm512_loadu_si512(b + 64));
+  }
+  return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_add_epi32(sum[0], sum[1]));
+}
+
+inline __m512i column_start(const int32_t* sums) {
+  return _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(sums)), 7);
+}
+
+void panel_tile(const PanelTile& t, int32_t* acc) {
+  const bool two = t.cols > kBlockN;
+  const int8_t* right = t.b + t.block_stride;
+  const bool known = t.column_sums != nullptr;
+  const __m512i left_start = known ? column_start(t.column_sums) : column_start(t.b, t.blocks);
+  __m512i right_start = _mm512_setzero_si512();
+  if (two)
+    right_start = known ? column_start(t.column_sums + kBlockN) : column_start(right, t.blocks);
   for (int r = 0; r < t.rows; ++r) {
-    const __m512i start = _mm512_set1_epi32(-row_excess(t.a + r * t.stride_am, t.K));
-    _mm512_storeu_si512(acc + r * kTileN, start);
-    _mm512_storeu_si512(acc + r * kTileN + kBlockN, start);
+    _mm512_store_si512(acc + r * kTileN, left_start);
+    _mm512_store_si512(acc + r * kTileN + kBlockN, right_start);
   }
-  const auto multiply = t.cols > kBlockN ? multiply_rows<2> : multiply_rows<1>;
-  const int64_t full_blocks = t.K / kBlockK;
-  for (int64_t block = 0; block < full_blocks; block += kBlocksInL1) {
-    const int64_t left = full_blocks - block;
-    multiply(t.a + block * kBlockK, t.stride_am, t.rows, t.b + block * kBlockBytes, t.block_stride,
-             left < kBlocksInL1 ? left : kBlocksInL1, acc);
-  }
-  if (const int64_t tail = t.K % kBlockK) {
-    alignas(64) int8_t a_tail[kTileM * kBlockK];
-    const __mmask64 mask = ~0ull >> (kBlockK - tail);
-    for (int r = 0; r < t.rows; ++r) {
-      const int8_t* a = t.a + r * t.stride_am + full_blocks * kBlockK;
-      _mm512_store_si512(a_tail + r * kBlockK, _mm512_maskz_loadu_epi8(mask, a));
-    }
-    multiply(a_tail, kBlockK, t.rows, t.b + full_blocks * kBlockBytes, t.block_stride, 1, acc);
+  const int64_t chunks = (t.blocks + kBlocksInL1 - 1) / kBlocksInL1;
+  RowFetcher out(t.out, chunks);
+  RunFetcher next(t.next, chunks);
+  const auto multiply = two ? multiply_rows<2> : multiply_rows<1>;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t block = chunk * kBlocksInL1;
+    out.step();
+    next.step(chunk);
+    multiply(t.a + block * t.rows * kBlockK, t.rows, t.b + block * kBlockBytes, t.block_stride,
+             std::min(t.blocks - block, kBlocksInL1), acc);
   }
 }
 
@@ -170,7 +201,8 @@ void dot_tile_avx512_vnni(const DotTile& t, int32_t* acc) {
   }
 }
 
-const GemmKernels kAvx512VnniGemmKernels = {
-    nullptr, nullptr, packed_tile, dot_tile_avx512_vnni, nullptr, pack_block_avx512, write_tile};
+const GemmKernels kAvx512VnniGemmKernels = {nullptr,    nullptr, nullptr, dot_tile_avx512_vnni,
+                                            panel_tile, -128,    nullptr, pack_block_avx512,
+                                            write_tile};
 
 }  // namespace fastq::cpu

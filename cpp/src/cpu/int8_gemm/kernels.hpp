@@ -11,10 +11,15 @@
 #include "core/problem.hpp"
 #include "cpu/isa.hpp"
 
+// Before a loop over accumulators: unrolled early, they are registers. GCC otherwise keeps an array
+// of them on the stack and stores each one after each use.
+#define FASTQ_UNROLL _Pragma("GCC unroll 16")
+
 namespace fastq::cpu {
 
 constexpr int kTileM = 128;
 constexpr int kTileN = 32;
+constexpr int kPanelRows = 32;                  // rows of a packed panel of a
 constexpr int kBlockN = 16;                     // columns of a packed block
 constexpr int kBlockK = 64;                     // rows of K of a packed block
 constexpr int kBlockBytes = kBlockN * kBlockK;  // [16 groups of k][16 n][4 k]
@@ -28,6 +33,11 @@ struct Fetch {
   int64_t lines;
 };
 
+struct Run {
+  uintptr_t address;
+  int64_t lines;
+};
+
 // acc[m][n] = sum_k a[m * stride_am + k] * b(k, n), b as packed blocks: column block j at
 // b + j * block_stride, its K blocks consecutive.
 struct PackedTile {
@@ -38,9 +48,20 @@ struct PackedTile {
   int64_t block_stride;
   int cols;  // at most kTileN
   int64_t K;
-  bool b_in_cache;  // another tile has read the same columns before
-  Fetch out;        // what the output will be written to
-  Fetch next_a;     // a share of the rows of the tiles that follow
+  Fetch out;  // what the output will be written to
+};
+
+// The same sums with rows of a in packed form, [K / 64][rows][64].
+struct PanelTile {
+  const int8_t* a;
+  int rows;  // at most kPanelRows
+  const int8_t* b;
+  int64_t block_stride;
+  int cols;                    // at most kTileN
+  int64_t blocks;              // of K
+  const int32_t* column_sums;  // sum_k b(k, n), or null where they are not known
+  Fetch out;                   // what the output will be written to
+  Run next;                    // a share of what the tiles after this one read
 };
 
 // acc[m][n] = sum_k a[m * stride_am + k] * w[n * stride_wn + k]
@@ -58,7 +79,7 @@ struct DotTile {
 struct SwappedTile {
   const int8_t* a;
   int64_t block_stride;
-  int rows;  // at most 32
+  int rows;  // at most kPanelRows
   const int8_t* w;
   int64_t stride_wn;
   int cols;  // at most kTileN
@@ -81,8 +102,10 @@ struct GemmKernels {
   // Set up and leave whatever state the tile functions need on a thread. May be null.
   void (*begin)();
   void (*end)();
-  void (*packed_tile)(const PackedTile& tile, int32_t* acc);
+  void (*packed_tile)(const PackedTile& tile, int32_t* acc);  // null where panel_tile is not
   void (*dot_tile)(const DotTile& tile, int32_t* acc);
+  void (*panel_tile)(const PanelTile& tile, int32_t* acc);      // null for scalar and AVX2
+  int8_t panel_flip;                                            // xor-ed into the bytes of panels
   void (*swapped_tile)(const SwappedTile& tile, int32_t* acc);  // null but for AMX
   // One block from b[k * stride_bk + n * stride_bn], zero-padded past k and n.
   void (*pack_block)(const int8_t* b, int64_t stride_bk, int64_t stride_bn, int k, int n,

@@ -13,6 +13,7 @@ namespace {
 constexpr char kMagic[8] = {'F', 'A', 'S', 'T', 'Q', 'P', 'K', 'W'};
 constexpr uint32_t kVersion = 1;
 constexpr int64_t kColumnsPerTask = 64;
+constexpr int64_t kPanelRun = 512;
 constexpr int64_t kSerialBytes = 64 * 1024;  // packing less is not worth waking a thread
 
 int64_t sums_bytes(int64_t N) {
@@ -54,6 +55,10 @@ const int8_t* packed_blocks(const void* packed, int64_t K, int64_t N) {
   return static_cast<const int8_t*>(packed) + sizeof(PackedHeader) + sums_bytes(N);
 }
 
+const int32_t* packed_column_sums(const void* packed) {
+  return reinterpret_cast<const int32_t*>(static_cast<const char*>(packed) + sizeof(PackedHeader));
+}
+
 void pack_columns(const GemmKernels& kernels, const int8_t* b, int64_t stride_bk, int64_t stride_bn,
                   int64_t K, int64_t n, int8_t* blocks) {
   const int64_t block_stride = packed_block_stride(K);
@@ -75,11 +80,37 @@ void pack_columns(const GemmKernels& kernels, const int8_t* b, int64_t stride_bk
   }
 }
 
+void pack_panel(const int8_t* a, int64_t stride_am, int64_t stride_ak, int64_t K, int rows,
+                int8_t flip, int8_t* panel) {
+  const int64_t step = rows * kBlockK;
+  const int64_t whole = stride_ak == 1 ? K / kBlockK * kBlockK : 0;
+  // Runs of each row long enough to be fetched ahead, short enough for their panel to stay in L1.
+  for (int64_t k0 = 0; k0 < whole; k0 += kPanelRun) {
+    const int64_t end = std::min(k0 + kPanelRun, whole);
+    for (int r = 0; r < rows; ++r) {
+      const int8_t* row = a + r * stride_am;
+      int8_t* target = panel + k0 * rows + r * kBlockK;
+      for (int64_t k = k0; k < end; k += kBlockK, target += step) {
+        for (int i = 0; i < kBlockK; ++i) target[i] = static_cast<int8_t>(row[k + i] ^ flip);
+      }
+    }
+  }
+  for (int64_t k0 = whole; k0 < K; k0 += kBlockK) {
+    for (int r = 0; r < rows; ++r) {
+      int8_t* target = panel + k0 * rows + r * kBlockK;
+      for (int64_t k = k0; k < k0 + kBlockK; ++k) {
+        const int8_t value = k < K ? a[r * stride_am + k * stride_ak] : int8_t{0};
+        *target++ = static_cast<int8_t>(value ^ flip);
+      }
+    }
+  }
+}
+
 void pack_weight(const int8_t* b, int64_t stride_bk, int64_t stride_bn, int64_t K, int64_t N,
                  void* packed) {
   const GemmKernels& kernels = gemm_kernels(active_isa());
   char* bytes = static_cast<char*>(packed);
-  int32_t* sums = reinterpret_cast<int32_t*>(bytes + sizeof(PackedHeader));
+  int32_t* sums = const_cast<int32_t*>(packed_column_sums(packed));
   int8_t* blocks = reinterpret_cast<int8_t*>(bytes + sizeof(PackedHeader) + sums_bytes(N));
   std::memset(sums, 0, static_cast<size_t>(sums_bytes(N)));
   const int64_t tasks = (N + kColumnsPerTask - 1) / kColumnsPerTask;

@@ -40,6 +40,14 @@ const int8_t* packed_blocks(const void* packed, int64_t K, int64_t N);
 void pack_columns(const GemmKernels& kernels, const int8_t* b, int64_t stride_bk, int64_t stride_bn,
                   int64_t K, int64_t n, int8_t* blocks);
 
+// Its column sums, padded with zeros to whole blocks.
+const int32_t* packed_column_sums(const void* packed);
+
+// Rows of a as one packed panel, [K / 64][rows][64], zero-padded past K, each byte xor-ed with
+// flip.
+void pack_panel(const int8_t* a, int64_t stride_am, int64_t stride_ak, int64_t K, int rows,
+                int8_t flip, int8_t* panel);
+
 void pack_weight(const int8_t* b, int64_t stride_bk, int64_t stride_bn, int64_t K, int64_t N,
                  void* packed);
 
