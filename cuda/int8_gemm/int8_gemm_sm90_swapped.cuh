@@ -361,7 +361,6 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kIsNarrow ? 2 : 1)
     int8_gemm_sm90_swapped(const __grid_constant__ SwappedParams p) {
-  using cutlass::arch::NamedBarrier;
   extern __shared__ __align__(1024) int8_t stages_b[];
   int8_t* stages_a = stages_b + p.stages * p.width * Traits::kTileK;
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(stages_a + p.stages * Traits::kTileM *
