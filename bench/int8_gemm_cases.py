@@ -17,7 +17,7 @@ import torch
 import fastq
 
 from . import timing
-from .int8_gemm_summary import PACKED, QUANTIZED
+from .int8_gemm_summary import PACKED, QUANTIZED, UNPROMISED
 from .reference_tiles import Reference, Tile
 
 INT_MM = "torch._int_mm"
@@ -122,9 +122,13 @@ def kernel_family(name: str) -> Iterator[None]:
             os.environ["FASTQ_KERNELS"] = before
 
 
+# As Int8Linear calls it.
+constant_weight_product = partial(fastq.int8_gemm, b_is_constant=True)
+
+
 def in_family(family: str, *args, **kwargs) -> None:
     with kernel_family(family):
-        fastq.int8_gemm(*args, **kwargs)
+        constant_weight_product(*args, **kwargs)
 
 
 def packed_product(a, sa, sb, data, *, shape, out):
@@ -133,7 +137,7 @@ def packed_product(a, sa, sb, data, *, shape, out):
 
 def quantized_product(x, b, sb, *, out):
     a, sa = fastq.quantize_per_token(x)
-    fastq.int8_gemm(a, b, sa, sb, out=out)
+    constant_weight_product(a, b, sa, sb, out=out)
 
 
 INT8 = "int8 -> bfloat16"
@@ -145,9 +149,14 @@ def ours(p: Problem, families: list[str], wanted: Wanted) -> dict[str, Case]:
         name = "fastq" if family == "default" else f"fastq[{family}]"
         if wanted(name):
             with kernel_family(family):
-                config = fastq.describe_int8_gemm(p.qx, p.qw.t())
-            product = fastq.int8_gemm if family == "default" else partial(in_family, family)
+                config = fastq.describe_int8_gemm(p.qx, p.qw.t(), b_is_constant=True)
+            product = partial(in_family, family)
+            if family == "default":
+                product = constant_weight_product
             cases[name] = p.rotate(product, p.int8, INT8, config)
+    if p.device.type == "cuda" and p.M <= MAX_M_QUANTIZED and wanted(UNPROMISED):
+        config = fastq.describe_int8_gemm(p.qx, p.qw.t())
+        cases[UNPROMISED] = p.rotate(fastq.int8_gemm, p.int8, INT8, config)
     if p.device.type == "cpu" and wanted(PACKED):
         packed = fastq.pack_weight(p.qw.t())
         inputs = p.copies(p.qx, p.sx, p.sw, packed.data)

@@ -19,7 +19,7 @@ import fastq
 
 from . import results, timing
 from .int8_gemm import pairs
-from .int8_gemm_cases import Problem
+from .int8_gemm_cases import Problem, constant_weight_product
 
 Line = dict[str, Any]
 OP = "int8_gemm_sweep"
@@ -42,10 +42,12 @@ def run(writer: results.Writer, N: int, K: int, max_m: int, rounds: int) -> None
     calls, configs = {}, {}
     for m in sizes(max_m):
         calls[str(m)] = [
-            partial(fastq.int8_gemm, a[:m], b, sa[:m], sb, out=out[:m])
+            partial(constant_weight_product, a[:m], b, sa[:m], sb, out=out[:m])
             for (a, b, sa, sb), out in zip(problem.int8, outs, strict=True)
         ]
-        configs[str(m)] = fastq.describe_int8_gemm(problem.qx[:m], problem.qw.t())
+        configs[str(m)] = fastq.describe_int8_gemm(
+            problem.qx[:m], problem.qw.t(), b_is_constant=True
+        )
     clocks = results.read_clocks(device)
     timings = timing.measure(calls, device, rounds)
     shared = {"op": OP, "tag": "sweep", "implementation": "fastq", "clocks": clocks()}

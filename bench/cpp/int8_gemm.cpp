@@ -197,6 +197,7 @@ Products make_products(const Shape& s, const Quantized& x, const Quantized& w, b
         fastq::tensor_view(p->a->data(), FASTQ_INT8, {s.M, s.K}, device), p->weight,
         fastq::tensor_view(x.scale->data(), FASTQ_FLOAT32, {s.M, 1}, device),
         fastq::tensor_view(p->out->data(), FASTQ_BFLOAT16, {s.M, s.N}, device), {}, stream);
+    p->args.b_is_constant = 1;
     p->workspace = std::make_shared<Buffer>(fastq::int8_gemm_workspace_size(p->args), cuda);
     products.push_back(std::move(p));
   }

@@ -102,10 +102,15 @@ void int8_gemm(const Int8GemmProblem& p, Workspace& workspace) {
 
   // TMA wants a row stride even where there is one row.
   const int64_t padded_k = round_up(p.K, 16);
-  GemmLaunch launch{&p,     &choice.config,
-                    p.a,    p.M == 1 ? padded_k : p.stride_am,
-                    p.b,    p.N == 1 ? padded_k : p.stride_bn,
-                    &props, stream};
+  GemmLaunch launch{&p,
+                    &choice.config,
+                    p.a,
+                    p.M == 1 ? padded_k : p.stride_am,
+                    p.b,
+                    p.N == 1 ? padded_k : p.stride_bn,
+                    p.b_is_constant && !choice.relayout_b,
+                    &props,
+                    stream};
   auto* space = static_cast<int8_t*>(workspace.get("int8_gemm", choice.workspace_size()));
   if (choice.relayout_a) {
     relayout(p.a, p.stride_am, p.stride_ak, p.M, p.K, space, padded_k, stream);

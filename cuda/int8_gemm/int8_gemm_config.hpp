@@ -19,7 +19,7 @@ inline constexpr TileConfig kSm80Small{64, 64, 128, Schedule::kMultistage};
 inline constexpr TileConfig kSm80Large{128, 128, 64, Schedule::kMultistage};
 inline constexpr TileConfig kSm80Deep{128, 128, 128, Schedule::kMultistage};
 constexpr TileConfig swapped(int tokens, int channels) {
-  return {tokens, channels, 128, Schedule::kSwapped};
+  return {tokens, channels, tokens <= 32 ? 256 : 128, Schedule::kSwapped};
 }
 constexpr TileConfig swapped_pingpong(int tokens) {
   return {tokens, 128, 128, Schedule::kSwappedPingpong};
@@ -27,7 +27,8 @@ constexpr TileConfig swapped_pingpong(int tokens) {
 inline constexpr TileConfig kSm90[] = {
     kSm90Medium,          kSm90Large,           swapped(8, 64),       swapped(16, 64),
     swapped(32, 64),      swapped(64, 64),      swapped(16, 128),     swapped(64, 128),
-    swapped_pingpong(64), swapped_pingpong(80), swapped_pingpong(96), swapped_pingpong(128)};
+    swapped(80, 128),     swapped(128, 128),    swapped_pingpong(64), swapped_pingpong(80),
+    swapped_pingpong(96), swapped_pingpong(128)};
 inline constexpr TileConfig kSm80[] = {kSm80Few, kSm80Small, kSm80Large, kSm80Deep};
 }  // namespace tiles
 
@@ -44,6 +45,8 @@ struct GemmShape {
   int64_t M = 0, N = 0, K = 0;
   // The operand can be read by 16-byte copies along a contiguous K where it lies.
   bool a_is_vectorizable = true, b_is_vectorizable = true;
+  // Its weight may be read before its turn in the stream.
+  bool b_is_constant = false;
   // The output is scales, a bias and 16-bit floats, and TMA can store it: rows are contiguous, and
   // start and end at multiples of 16 bytes (a TMA store rounds the end of a row up to that, over
   // whatever lies behind it).
@@ -73,6 +76,7 @@ inline GemmShape gemm_shape(const Int8GemmProblem& p) {
   shape.M = p.M, shape.N = p.N, shape.K = p.K;
   shape.a_is_vectorizable = readable(p.a, p.stride_am, p.stride_ak, p.M);
   shape.b_is_vectorizable = readable(p.b, p.stride_bn, p.stride_bk, p.N);
+  shape.b_is_constant = p.b_is_constant;
   const bool is_plain = p.zero_point.data == nullptr && p.activation == Activation::kNone &&
                         p.residual.data == nullptr && element_size(p.out_dtype) == 2;
   shape.out_is_tma_storable = is_plain && p.stride_on == 1 && p.N % 8 == 0 &&
@@ -90,14 +94,22 @@ inline void GemmChoice::take(const GemmConfig& c, const GemmShape& s) {
 // Their partial sums take at most 16 times 4 bytes an element of out.
 inline constexpr int64_t kMostSplitTokens = 512;
 
+// Two warpgroups' worth of channels, of which each of two blocks brings a multiple of 8.
+inline constexpr int kLeastPingpongWidth = 80;
+
 // Why a configuration cannot run, or does not exist; empty when it can.
 inline const char* config_problem(const GemmConfig& c, const GemmShape& s) {
   const bool sm90 = c.family == KernelFamily::kSm90;
   const auto* first = sm90 ? std::begin(tiles::kSm90) : std::begin(tiles::kSm80);
   const auto* last = sm90 ? std::end(tiles::kSm90) : std::end(tiles::kSm80);
   if (std::find(first, last, c.tile) == last) return "there is no such instance";
+  const bool is_pingpong = c.tile.schedule == Schedule::kSwappedPingpong;
+  if (is_pingpong && c.width != 0 &&
+      (c.width < kLeastPingpongWidth || c.width > c.tile.tile_n || c.width % 16 != 0)) {
+    return "the width of a ping-pong tile is not a multiple of 16 from 80 to 128";
+  }
   if (c.tile.schedule != Schedule::kSwapped) {
-    if (c.width > 0 || c.blocks_per_sm > 1 || (sm90 && c.split_k > 1)) {
+    if ((c.width > 0 && !is_pingpong) || c.blocks_per_sm > 1 || (sm90 && c.split_k > 1)) {
       return "only swapped tiles have such options";
     }
     if (!sm90) {
@@ -122,25 +134,34 @@ inline const char* config_problem(const GemmConfig& c, const GemmShape& s) {
   return "";
 }
 
+// The channels of each multiprocessor, were they shared out evenly.
+inline int64_t weight_share(const GemmShape& s, const GemmDevice& device) {
+  return round_up(ceil_div(s.N, device.sm_count), 8);
+}
+
 // Few tokens: the time is the weight's bytes over the bandwidth, so every multiprocessor should
-// have the same share of the weight. For more than 64, plain tiles.
+// have the same share of the weight. A constant weight is read ahead of the kernel's turn, into as
+// large a ring as there is; another kernel starts sooner where its blocks can settle in beside
+// those of the one before.
 inline GemmConfig select_swapped_config(const GemmShape& s, const GemmDevice& device) {
   GemmConfig config;
   config.family = KernelFamily::kSm90;
+  const int64_t share = weight_share(s, device);
   if (s.M > 64) {
-    config.tile = tiles::swapped(64, 64);
+    config.tile = share <= 64 ? tiles::swapped(64, 64) : tiles::swapped(s.M <= 80 ? 80 : 128, 128);
+    if (share > 64) config.width = static_cast<int>(share);
     return config;
   }
   const int tokens = s.M <= 8 ? 8 : s.M <= 16 ? 16 : s.M <= 32 ? 32 : 64;
-  const int64_t share = round_up(ceil_div(s.N, device.sm_count), 8);
   const int64_t k_tiles = ceil_div(s.K, 128);
   if (share <= 64) {
     config.tile = tiles::swapped(tokens, 64);
     // Half of a tile idle costs nothing, but where K is short a share of 64 channels with fewer
     // blocks has less to read of the tokens.
     config.width = static_cast<int>(std::max<int64_t>(share, 16));
-    config.blocks_per_sm = tokens <= 32 ? 2 : 1;
-    if (tokens == 64) config.width = ceil_div(s.N, 64) * 2 > device.sm_count ? int(share) : 64;
+    config.blocks_per_sm = tokens <= 32 && !s.b_is_constant ? 2 : 1;
+    const bool is_narrow = ceil_div(s.N, 64) * 2 <= device.sm_count;
+    if (tokens == 64 && is_narrow && !s.b_is_constant) config.width = 64;
     // A narrow weight: share K too, though half of the multiprocessors do without it as well.
     const int64_t tiles = ceil_div(s.N, config.width);
     while (config.split_k < 8 && 4 * tiles * config.split_k <= device.sm_count &&
@@ -158,19 +179,26 @@ inline GemmConfig select_swapped_config(const GemmShape& s, const GemmDevice& de
   if (share <= 128 && share > 64 && tokens <= 16) {
     config.tile = tiles::swapped(16, 128);
     config.width = static_cast<int>(share);
-    config.blocks_per_sm = 2;
     return config;
   }
   // Several tiles a multiprocessor.
   config.tile = tiles::swapped(tokens, 64);
   const int64_t tiles_per_sm = ceil_div(s.N, int64_t{64} * device.sm_count);
   config.width = static_cast<int>(round_up(ceil_div(s.N, tiles_per_sm * device.sm_count), 8));
-  config.blocks_per_sm = tokens <= 32 ? 2 : 1;
   return config;
 }
 
-// Many tokens: the tile with the shortest sequence of waves. A cluster has two tiles along M, so an
-// odd number of them costs one more.
+// The narrowest ping-pong tile, in steps of 16 channels, that takes no more waves than the widest.
+// A cluster has two tiles along M, so an odd number of them costs one more.
+inline int pingpong_width(int tokens, const GemmShape& s, const GemmDevice& device) {
+  const int64_t rows = round_up(ceil_div(s.M, tokens), 2);
+  const int64_t waves = ceil_div(rows * ceil_div(s.N, 128), device.sm_count);
+  const int64_t columns = std::max<int64_t>(waves * device.sm_count / rows, 1);
+  return static_cast<int>(
+      std::clamp<int64_t>(round_up(ceil_div(s.N, columns), 16), kLeastPingpongWidth, 128));
+}
+
+// Many tokens: the tile with the shortest sequence of waves.
 inline GemmConfig select_pingpong_config(const GemmShape& s, const GemmDevice& device) {
   GemmConfig config;
   config.family = KernelFamily::kSm90;
@@ -182,26 +210,42 @@ inline GemmConfig select_pingpong_config(const GemmShape& s, const GemmDevice& d
   // little.
   const auto suits_cutlass = [&](int tokens) {
     const int64_t rows = ceil_div(s.M, tokens);
-    const bool fits = rows >= 16 || (rows % 2 == 0 && rows * tokens - s.M <= 4 * rows);
+    const bool fits = rows >= 16 || (rows % 2 == 0 && rows * tokens - s.M <= s.M / 64);
     return s.out_is_tma_storable && fits && (tokens == 64 || tokens == 128);
   };
   double least = 0;
+  const auto consider = [&](double time, const TileConfig& tile, int width) {
+    if (least > 0 && time >= least) return;
+    least = time;
+    config.tile = tile;
+    config.width = width;
+  };
   for (const Option& option :
        {Option{128, 1.0}, Option{96, 0.85}, Option{80, 0.79}, Option{64, 0.66}}) {
-    const int64_t tiles = round_up(ceil_div(s.M, option.tokens), 2) * ceil_div(s.N, 128);
-    const double time = option.wave * static_cast<double>(ceil_div(tiles, device.sm_count)) *
-                        (suits_cutlass(option.tokens) ? 0.96 : 1.0);
-    if (least > 0 && time >= least) continue;
-    least = time;
-    config.tile = tiles::swapped_pingpong(option.tokens);
+    const int64_t rows = round_up(ceil_div(s.M, option.tokens), 2);
+    const int64_t waves = ceil_div(rows * ceil_div(s.N, 128), device.sm_count);
+    const double time = option.wave * static_cast<double>(waves);
+    if (suits_cutlass(option.tokens)) {
+      consider(0.96 * time, option.tokens == 64 ? tiles::kSm90Medium : tiles::kSm90Large, 0);
+    }
+    // For 128 bytes of K the products of 128 channels take 4 cycles a token, whatever the width,
+    // and what they are made of comes in at 64 bytes a cycle.
+    const auto cycles = [&](int width) {
+      return std::max(4 * option.tokens, 2 * (option.tokens + width));
+    };
+    const int width = pingpong_width(option.tokens, s, device);
+    const bool narrow = cycles(width) < cycles(128);
+    consider(narrow ? time * cycles(width) / cycles(128) : time,
+             tiles::swapped_pingpong(option.tokens), narrow ? width : 0);
   }
-  const int tokens = config.tile.tile_m;
-  if (suits_cutlass(tokens)) config.tile = tokens == 64 ? tiles::kSm90Medium : tiles::kSm90Large;
   return config;
 }
 
 inline GemmConfig select_sm90_config(const GemmShape& s, const GemmDevice& device) {
-  const bool few = s.M <= 64 || (s.M <= 128 && 2 * ceil_div(s.N, 64) <= device.sm_count);
+  // Up to 128 tokens where one tile, or a pair of narrow ones, gives work to all at once.
+  const int64_t share = weight_share(s, device);
+  const bool is_one_wave = 2 * ceil_div(s.N, 64) <= device.sm_count || (share > 64 && share <= 128);
+  const bool few = s.M <= 64 || (s.M <= 128 && is_one_wave);
   return few ? select_swapped_config(s, device) : select_pingpong_config(s, device);
 }
 

@@ -19,6 +19,7 @@ struct GemmLaunch {
   int64_t ld_a;
   const int8_t* b;
   int64_t ld_b;
+  bool b_is_constant;  // the kernel before this one does not write it
   const DeviceProps* device;
   cudaStream_t stream;
   int32_t* partial_sums = nullptr;  // where an sm_80 kernel with split_k > 1 has room for them

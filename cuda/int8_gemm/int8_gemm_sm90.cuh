@@ -106,6 +106,9 @@ struct Sm90Gemm {
     const Int8GemmProblem& p = *launch.problem;
     using Scheduler = typename Kernel::TileScheduler;
     cutlass::KernelHardwareInfo hardware{p.device_index, launch.device->sm_count};
+    typename Scheduler::Arguments schedule;
+    // Up to 1 % faster on large problems, where more is slower; small ones it pads with idle tiles.
+    if (p.M >= 2048 && p.N >= 2048) schedule.max_swizzle_size = 2;
     const auto shape = problem_shape(p);
     typename Kernel::Params params{
         cutlass::gemm::GemmUniversalMode::kGemm,
@@ -113,7 +116,7 @@ struct Sm90Gemm {
         mainloop_params(launch),
         epilogue_params(launch),
         hardware,
-        Scheduler::to_underlying_arguments(shape, Tile{}, Cluster{}, hardware, {}, nullptr)};
+        Scheduler::to_underlying_arguments(shape, Tile{}, Cluster{}, hardware, schedule, nullptr)};
     cudaLaunchConfig_t config{};
     config.gridDim = Kernel::get_grid_shape(params);
     config.blockDim = Kernel::get_block_shape();

@@ -6,7 +6,8 @@
 // columns are tokens (rows of a), because WGMMA's width is free in steps of 8 and its height is
 // not. So one kernel serves one token as well as thousands.
 //
-//   block      two producer threads fill a ring of stages by TMA (128 bytes of K of every row); one
+//   block      two producer threads fill a ring of stages by TMA (128 or 256 bytes of K of every
+//   row); one
 //              or two consumer warpgroups multiply, each with 64 channels x kTokens tokens of
 //              int32.
 //   ping-pong  two warpgroups take turns with tiles of 128 channels: one writes its tile while the
@@ -47,6 +48,7 @@ struct SwappedParams {
   int box_m, box_n;  // tokens and channels that are loaded for a tile
   int k_tiles, stages;
   int split_k;
+  bool b_is_constant;  // the kernel before this one does not write it
   OutputParams output;
 };
 
@@ -58,7 +60,10 @@ struct SwappedTraits {
   static constexpr int kPerTile = kPingpong ? 1 : kWarpgroups;  // warpgroups that share a tile
   static constexpr int kBlocks = kPingpong ? 2 : 1;             // of 64 channels, of a warpgroup
   static constexpr int kBlockStride = 64 * kPerTile;
-  static constexpr int kTileM = kTokens, kTileN = kBlockStride * kBlocks, kTileK = 128;
+  static constexpr int kTileM = kTokens, kTileN = kBlockStride * kBlocks;
+  // What a stage holds of K, in boxes of a swizzle's width. Few tokens multiply so fast that the
+  // barriers of a stage are felt: two boxes share them. With more, many stages are worth more.
+  static constexpr int kBoxK = 128, kBoxes = kTokens <= 32 ? 2 : 1, kTileK = kBoxes * kBoxK;
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   // Two blocks a multiprocessor where the accumulators are few: the next kernel's can settle in
@@ -77,14 +82,14 @@ struct SwappedTraits {
   static constexpr int kLineBuffers = kTurns > 1 ? 2 : 1;
 
   using SmemAtom = cute::SM90::GMMA::Layout_K_SW128_Atom<int8_t>;
-  using SmemA = decltype(cute::tile_to_shape(SmemAtom{},
-                                             cute::Shape<cute::Int<kTileM>, cute::Int<kTileK>>{}));
-  using SmemB = decltype(cute::tile_to_shape(SmemAtom{},
-                                             cute::Shape<cute::Int<kTileN>, cute::Int<kTileK>>{}));
+  using SmemA =
+      decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kTileM>, cute::Int<kBoxK>>{}));
+  using SmemB =
+      decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kBoxK>>{}));
   using Mma = decltype(cute::make_tiled_mma(
       cute::SM90::GMMA::ss_op_selector<
           int8_t, int8_t, int32_t,
-          cute::Shape<cute::Int<kTileN>, cute::Int<kTileM>, cute::Int<kTileK>>>(),
+          cute::Shape<cute::Int<kTileN>, cute::Int<kTileM>, cute::Int<kBoxK>>>(),
       cute::Layout<cute::Shape<cute::Int<kPerTile>, cute::_1, cute::_1>>{}));
 
   // What lies behind the stages. Lines of 16-bit output take the place of the sums.
@@ -170,13 +175,13 @@ __device__ inline void swapped_produce(const SwappedParams& p, typename Traits::
   constexpr bool kShares = kBringsB && Traits::kCluster > 1;
   const CUtensorMap* map = kBringsB ? &p.b : &p.a;
   const uint32_t bytes = (kBringsB ? p.box_n : p.box_m) * Traits::kTileK;
-  const uint32_t stride = (kBringsB ? p.width : Traits::kTileM) * Traits::kTileK;
+  const uint32_t stride = (kBringsB ? p.width : Traits::kTileM) * Traits::kBoxK;
   const uint32_t full = cute::cast_smem_ptr_to_uint(shared.full);
   RingPosition at{p.stages};
   at.phase = 1;  // a fresh ring is empty
   SwappedTiles<Traits> tiles(p);
   const int part = kShares ? tiles.rank * (p.box_n / Traits::kCluster) : 0;
-  const uint32_t target = cute::cast_smem_ptr_to_uint(stages) + part * Traits::kTileK;
+  const uint32_t target = cute::cast_smem_ptr_to_uint(stages) + part * Traits::kBoxK;
   for (; tiles.has_tile(); tiles.next()) {
     const int2 box = tiles.box(tiles.origin());
     const int row = (kBringsB ? box.y : box.x) + part;
@@ -188,20 +193,23 @@ __device__ inline void swapped_produce(const SwappedParams& p, typename Traits::
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier),
                    "r"(bytes)
                    : "memory");
-      if constexpr (kShares) {
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-            ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(target +
-                                                                          at.stage * stride),
-            "l"(map), "r"(k), "r"(row), "r"(barrier),
-            "h"(static_cast<uint16_t>((1 << Traits::kCluster) - 1))
-            : "memory");
-      } else {
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-            " [%0], [%1, {%2, %3}], [%4];\n" ::"r"(target + at.stage * stride),
-            "l"(map), "r"(k), "r"(row), "r"(barrier)
-            : "memory");
+#pragma unroll
+      for (int i = 0; i < Traits::kBoxes; ++i) {
+        const uint32_t box = target + (at.stage * Traits::kBoxes + i) * stride;
+        if constexpr (kShares) {
+          asm volatile(
+              "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+              ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(box),
+              "l"(map), "r"(k + i * Traits::kBoxK), "r"(row), "r"(barrier),
+              "h"(static_cast<uint16_t>((1 << Traits::kCluster) - 1))
+              : "memory");
+        } else {
+          asm volatile(
+              "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+              " [%0], [%1, {%2, %3}], [%4];\n" ::"r"(box),
+              "l"(map), "r"(k + i * Traits::kBoxK), "r"(row), "r"(barrier)
+              : "memory");
+        }
       }
     }
   }
@@ -232,17 +240,24 @@ __device__ inline void swapped_accumulate(const SwappedParams& p, typename Trait
   };
   int previous = 0;
   for (int k = 0; k < k_tiles; ++k) {
-    // A descriptor counts in units of 16 bytes.
-    auto stage_b = make_tensor(rB.data() + at.stage * (p.width * Traits::kTileK / 16), rB.layout());
-    auto stage_a =
-        make_tensor(rA.data() + at.stage * (Traits::kTileM * Traits::kTileK / 16), rA.layout());
+    // The same in every lane, which the compiler cannot tell: descriptors in uniform registers
+    // spare it some 16 moves between the products.
+    const int stage = __shfl_sync(0xffffffffu, at.stage, 0);
     shared.full[at.stage].wait(at.phase);
     warpgroup_fence_operand(acc);
     warpgroup_arrive();
 #pragma unroll
-    for (int i = 0; i < size<2>(rA); ++i) {
-      gemm(mma, stage_b(_, _, i), stage_a(_, _, i), acc);
-      mma.accumulate_ = SM90::GMMA::ScaleOut::One;
+    for (int i = 0; i < Traits::kBoxes; ++i) {
+      // A descriptor counts in units of 16 bytes.
+      const int box = stage * Traits::kBoxes + i;
+      auto box_b = make_tensor(rB.data() + box * (p.width * Traits::kBoxK / 16), rB.layout());
+      auto box_a =
+          make_tensor(rA.data() + box * (Traits::kTileM * Traits::kBoxK / 16), rA.layout());
+#pragma unroll
+      for (int j = 0; j < size<2>(rA); ++j) {
+        gemm(mma, box_b(_, _, j), box_a(_, _, j), acc);
+        mma.accumulate_ = SM90::GMMA::ScaleOut::One;
+      }
     }
     warpgroup_commit_batch();
     if (k > 0) {
@@ -380,8 +395,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kIsNarrow ? 2 : 1)
   } else {
     __syncthreads();
   }
-  wait_for_predecessor();
-  let_successor_start();
+  // A constant weight is brought while the kernel before this one still runs.
+  if (threadIdx.x / 32 != Traits::kConsumers / 32 || !p.b_is_constant) {
+    wait_for_predecessor();
+    let_successor_start();
+  }
 
   if (threadIdx.x >= Traits::kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
@@ -434,6 +452,7 @@ struct Sm90SwappedGemm {
     params.k_tiles = static_cast<int>(ceil_div(p.K, Traits::kTileK));
     params.stages = Traits::stages(width, c.blocks_per_sm);
     params.split_k = c.split_k;
+    params.b_is_constant = launch.b_is_constant;
     params.output = output_params(p);
 
     const int64_t tiles = int64_t{params.tiles_m} * params.tiles_n;

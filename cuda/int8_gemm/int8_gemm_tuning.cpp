@@ -169,7 +169,12 @@ std::vector<GemmConfig> candidate_configs(const GemmShape& s, const GemmDevice& 
   }
   for (const TileConfig& tile : tiles::kSm90) {
     if (tile.schedule != Schedule::kSwapped) {
-      if (2 * s.M > tile.tile_m) add({KernelFamily::kSm90, tile});
+      if (2 * s.M <= tile.tile_m) continue;
+      add({KernelFamily::kSm90, tile});
+      const int width = pingpong_width(tile.tile_m, s, device);
+      if (tile.schedule == Schedule::kSwappedPingpong && width < 128) {
+        add({KernelFamily::kSm90, tile, width});
+      }
     } else if (suits(tile, s.M)) {
       add_swapped(tile, s, device, add);
     }

@@ -1,8 +1,9 @@
 // Programmatic dependent launch: a kernel launched with the attribute may start while the one
 // before it in its stream still runs.
 //
-// Every kernel so launched waits before it touches global memory. So when it has finished, whatever
-// ran before its predecessor has finished as well, however early it let its successor start. A
+// Every kernel so launched waits before it lets its successor start, and before it touches global
+// memory, but for an int8_gemm's b that is promised constant. So whatever ran before its predecessor
+// has finished when it starts, however early that one let it. A
 // launch without the attribute waits for everything, as ever. Code compiled for less than
 // kDependentLaunchArch cannot wait, so it must be launched without, wherever it runs.
 #pragma once

@@ -19,6 +19,7 @@ def int8_gemm(
     bias: Tensor | None,
     out: Tensor,
     packed_shape: list[int] | tuple[int, int] | None,
+    b_is_constant: bool,
     residual: Tensor | None,
     activation: str | None,
     zero_point: Tensor | None,
@@ -34,6 +35,7 @@ def int8_gemm_direct(
     out: Tensor | None,
     out_dtype: dtype | None,
     packed_shape: list[int] | tuple[int, int] | None,
+    b_is_constant: bool,
     *options: Any,  # none, or the last five of int8_gemm
 ) -> Tensor | None: ...
 def int8_gemm_describe(
@@ -44,9 +46,15 @@ def int8_gemm_describe(
     out: Tensor,
     packed_shape: list[int] | tuple[int, int] | None,
     out_scale: Tensor | None,
+    b_is_constant: bool,
 ) -> str: ...
 def int8_gemm_candidates(
-    a: Tensor, b: Tensor, sa: Tensor | None, sb: Tensor | None, out: Tensor
+    a: Tensor,
+    b: Tensor,
+    sa: Tensor | None,
+    sb: Tensor | None,
+    out: Tensor,
+    b_is_constant: bool,
 ) -> str: ...
 def pack_weight(b: Tensor) -> Tensor: ...
 def quantize_per_token(x: Tensor, q: Tensor, scale: Tensor, rotation: int) -> None: ...

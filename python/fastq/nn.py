@@ -126,7 +126,16 @@ class Int8Linear(nn.Module):
         else:
             weight = plain.t()
         q, s = quantize_per_token(x if x.dim() > 1 else x[None], rotation=self._rotation)
-        y = int8_gemm(q, weight, s, self.weight_scale, bias=self.bias, out_dtype=x.dtype)
+        # Constant for the product: between it and whatever wrote the weight, x was quantised.
+        y = int8_gemm(
+            q,
+            weight,
+            s,
+            self.weight_scale,
+            bias=self.bias,
+            b_is_constant=True,
+            out_dtype=x.dtype,
+        )
         return y if x.dim() > 1 else y[0]
 
     def pack(self) -> Int8Linear:

@@ -49,11 +49,11 @@ _OPTIONS = (
 )
 _library.define(
     "int8_gemm(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, ScalarType out_dtype, "
-    f"SymInt[]? packed_shape, {_OPTIONS}) -> Tensor"
+    f"SymInt[]? packed_shape, bool b_is_constant, {_OPTIONS}) -> Tensor"
 )
 _library.define(
     "int8_gemm.out(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, "
-    f"SymInt[]? packed_shape, Tensor(a!) out, {_OPTIONS}) -> ()"
+    f"SymInt[]? packed_shape, bool b_is_constant, Tensor(a!) out, {_OPTIONS}) -> ()"
 )
 _library.define("quantize_per_token(Tensor x, int rotation=0) -> (Tensor, Tensor)")
 _library.define("quantize_per_channel(Tensor w, int rotation=0) -> (Tensor, Tensor)")
@@ -77,6 +77,7 @@ def _int8_gemm_out(
     sb,
     bias,
     packed_shape,
+    b_is_constant,
     out,
     residual=None,
     activation=None,
@@ -85,16 +86,16 @@ def _int8_gemm_out(
     out_scale=None,
 ):
     options = (residual, activation, zero_point, column_sums, out_scale)
-    _core.int8_gemm(a, b, sa, sb, bias, out, packed_shape, *options)
+    _core.int8_gemm(a, b, sa, sb, bias, out, packed_shape, b_is_constant, *options)
 
 
-def _int8_gemm(a, b, sa, sb, bias, out_dtype, packed_shape, *options):
+def _int8_gemm(a, b, sa, sb, bias, out_dtype, packed_shape, b_is_constant, *options):
     out = torch.empty(_gemm_shape(a, b, packed_shape), dtype=out_dtype, device=a.device)
-    _int8_gemm_out(a, b, sa, sb, bias, packed_shape, out, *options)
+    _int8_gemm_out(a, b, sa, sb, bias, packed_shape, b_is_constant, out, *options)
     return out
 
 
-def _int8_gemm_fake(a, b, sa, sb, bias, out_dtype, packed_shape, *options):
+def _int8_gemm_fake(a, b, sa, sb, bias, out_dtype, packed_shape, b_is_constant, *options):
     k = b.shape[0] if packed_shape is None else packed_shape[0]
     shape = _gemm_shape(a, b, packed_shape)
     torch._check_value(
@@ -279,6 +280,7 @@ def int8_gemm(
     zero_point: Tensor | int | None = None,
     column_sums: Tensor | None = None,
     out_scale: Tensor | float | None = None,
+    b_is_constant: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -312,6 +314,10 @@ def int8_gemm(
             Without them they are computed at each call; a PackedWeight has to be given them.
         out_scale: float32, one element: the static scale of an int8 output, ``y ~ out * out_scale``
             (SmoothQuant O3). In that output -128 stands for NaN, and for nothing else.
+        b_is_constant: a promise that no work which the current CUDA stream has still to do writes
+            b, or that another call of fastq follows that work, such as :func:`quantize_per_token`.
+            b is then read while the kernel before this one still runs (programmatic dependent
+            launch), with few tokens a good part of the time. The bits stay the same.
         out_dtype: bfloat16 (the default), float16, float32, or int8 (the default with out_scale);
             int32 gives the raw sums ``acc`` and takes ``sa=None, sb=None`` and at most zero_point.
         out: ``(..., M, N)`` to write into; its dtype is the output's. No overlap with an input,
@@ -344,7 +350,9 @@ def int8_gemm(
     ):
         options = ()
         if not _is_compiling():
-            got = _core.int8_gemm_direct(a, b, sa, sb, bias, out, out_dtype, packed_shape)
+            got = _core.int8_gemm_direct(
+                a, b, sa, sb, bias, out, out_dtype, packed_shape, b_is_constant
+            )
             if got is not None:
                 return got
     else:
@@ -352,7 +360,9 @@ def int8_gemm(
             a, b, packed_shape, residual, activation, zero_point, column_sums, out_scale
         )
         if not _is_compiling():
-            got = _core.int8_gemm_direct(a, b, sa, sb, bias, out, out_dtype, packed_shape, *options)
+            got = _core.int8_gemm_direct(
+                a, b, sa, sb, bias, out, out_dtype, packed_shape, b_is_constant, *options
+            )
             if got is not None:
                 return got
         residual, _, zero_point, column_sums, out_scale = options
@@ -365,12 +375,12 @@ def int8_gemm(
         )
     _check_tensors("int8_gemm", a=a, b=b, sa=sa, sb=sb, bias=bias, out=out)
     if out is not None:
-        _int8_gemm_out_op(a, b, sa, sb, bias, packed_shape, out, *options)
+        _int8_gemm_out_op(a, b, sa, sb, bias, packed_shape, b_is_constant, out, *options)
         return out
     if out_dtype is None:
         out_dtype = torch.bfloat16 if out_scale is None else torch.int8
     _check_dtype("int8_gemm", out_dtype, _OUT_DTYPES)
-    return _int8_gemm_op(a, b, sa, sb, bias, out_dtype, packed_shape, *options)
+    return _int8_gemm_op(a, b, sa, sb, bias, out_dtype, packed_shape, b_is_constant, *options)
 
 
 def describe_int8_gemm(
@@ -378,6 +388,7 @@ def describe_int8_gemm(
     b: Tensor | PackedWeight,
     *,
     out_dtype: torch.dtype = torch.bfloat16,
+    b_is_constant: bool = False,
 ) -> str:
     """The kernel and configuration that :func:`int8_gemm` takes for these operands.
 
@@ -390,7 +401,7 @@ def describe_int8_gemm(
     out = torch.empty(_gemm_shape(a, b, packed_shape), dtype=out_dtype, device=a.device)
     one = None if out_dtype == torch.int32 else torch.ones((), device=a.device)
     out_scale = one if out_dtype == torch.int8 else None
-    return _core.int8_gemm_describe(a, b, one, one, out, packed_shape, out_scale)
+    return _core.int8_gemm_describe(a, b, one, one, out, packed_shape, out_scale, b_is_constant)
 
 
 def pack_weight(b: Tensor) -> PackedWeight:

@@ -154,16 +154,17 @@ class _Problem:
         out = torch.empty(M, N, dtype=torch.bfloat16, device=device.device)
         bytes_each = sum(t.nbytes for t in (a, b, out))
         count = min(max(2, math.ceil(4 * device.l2_bytes / bytes_each)), _MAX_COPIES)
+        product = partial(ops.int8_gemm, b_is_constant=True)  # as Int8Linear calls it
         self.calls = [
             # clone() keeps the strides of a dense tensor: a transposed weight stays one.
-            partial(ops.int8_gemm, a.clone(), b.t().clone(), sa, sb, out=out.clone())
+            partial(product, a.clone(), b.t().clone(), sa, sb, out=out.clone())
             for _ in range(count)
         ]
 
     def candidates(self) -> list[str]:
         """The configurations to try, the heuristic's choice first."""
         call = self.calls[0]
-        return _core.int8_gemm_candidates(*call.args, call.keywords["out"]).splitlines()
+        return _core.int8_gemm_candidates(*call.args, call.keywords["out"], True).splitlines()
 
     def timer(self, config: str, pool: tuple[int, int]) -> GraphTimer:
         with _forced(config):

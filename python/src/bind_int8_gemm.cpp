@@ -17,6 +17,7 @@ struct Call {
 struct Operands {
   py::handle a, b, sa, sb, bias, out;
   py::handle packed_shape;  // (K, N) when b is a packed weight
+  bool b_is_constant;
   // All of them or none: a plain call has no more to look at.
   bool has_options;
   py::handle residual, activation, zero_point, column_sums, out_scale;
@@ -53,6 +54,7 @@ void fill(Call& call, const Operands& from) {
   call.args.scale_a = view_of(from.sa, op, "sa");
   call.args.bias = view_of(from.bias, op, "bias");
   call.args.out = view_of(from.out, op, "out");
+  call.args.b_is_constant = from.b_is_constant;
   call.args.stream = current_stream(call.args.a, from.a);
   if (!from.has_options) return;
   call.b.column_sums = view_of(from.column_sums, op, "column_sums");
@@ -96,10 +98,11 @@ void run(const Operands& operands) {
 }
 
 void int8_gemm(py::handle a, py::handle b, py::handle sa, py::handle sb, py::handle bias,
-               py::handle out, py::handle packed_shape, py::handle residual, py::handle activation,
-               py::handle zero_point, py::handle column_sums, py::handle out_scale) {
-  run({a, b, sa, sb, bias, out, packed_shape, true, residual, activation, zero_point, column_sums,
-       out_scale});
+               py::handle out, py::handle packed_shape, bool b_is_constant, py::handle residual,
+               py::handle activation, py::handle zero_point, py::handle column_sums,
+               py::handle out_scale) {
+  run({a, b, sa, sb, bias, out, packed_shape, b_is_constant, true, residual, activation, zero_point,
+       column_sums, out_scale});
 }
 
 // A new tensor for the product, or null where the arguments cannot have one: the caller's slower
@@ -117,22 +120,24 @@ py::object new_output(const Operands& from, py::handle out_dtype) {
   return sizes[a.rank - 1] < 0 ? py::object() : allocate(sizes, a.rank, dtype, from.a);
 }
 
-// int8_gemm_direct(a, b, sa, sb, bias, out, out_dtype, packed_shape[, residual, activation,
-// zero_point, column_sums, out_scale]) -> Tensor | None: runs the product and returns out, a new
-// one when it is None; or returns None where torch's dispatcher has to see the call. A plain C
-// function: pybind11's own call costs 0.3 us.
+// int8_gemm_direct(a, b, sa, sb, bias, out, out_dtype, packed_shape, b_is_constant[, residual,
+// activation, zero_point, column_sums, out_scale]) -> Tensor | None: runs the product and returns
+// out, a new one when it is None; or returns None where torch's dispatcher has to see the call. A
+// plain C function: pybind11's own call costs 0.3 us.
 PyObject* int8_gemm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t kPlain = 8, kWithOptions = 13;
+  constexpr Py_ssize_t kPlain = 9, kWithOptions = 14;
   try {
     if (count != kPlain && count != kWithOptions) {
-      throw py::type_error("int8_gemm_direct takes 8 or 13 arguments");
+      throw py::type_error("int8_gemm_direct takes 9 or 14 arguments");
     }
-    Operands from{
-        args[0], args[1], args[2], args[3], args[4], args[5], args[7], count == kWithOptions,
-        {},      {},      {},      {},      {}};
+    Operands from{};
+    from.a = args[0], from.b = args[1], from.sa = args[2], from.sb = args[3];
+    from.bias = args[4], from.out = args[5], from.packed_shape = args[7];
+    from.b_is_constant = args[8] == Py_True;
+    from.has_options = count == kWithOptions;
     if (from.has_options) {
-      from.residual = args[8], from.activation = args[9], from.zero_point = args[10];
-      from.column_sums = args[11], from.out_scale = args[12];
+      from.residual = args[9], from.activation = args[10], from.zero_point = args[11];
+      from.column_sums = args[12], from.out_scale = args[13];
     }
     const py::handle tensors[] = {from.a,           from.b,        from.sa,       from.sb,
                                   from.bias,        from.out,      from.residual, from.zero_point,
@@ -158,10 +163,12 @@ PyObject* int8_gemm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 std::string int8_gemm_describe(py::handle a, py::handle b, py::handle sa, py::handle sb,
-                               py::handle out, py::handle packed_shape, py::handle out_scale) {
+                               py::handle out, py::handle packed_shape, py::handle out_scale,
+                               bool b_is_constant) {
   const py::none none;
   Call call;
-  fill(call, {a, b, sa, sb, none, out, packed_shape, true, none, none, none, none, out_scale});
+  fill(call, {a, b, sa, sb, none, out, packed_shape, b_is_constant, true, none, none, none, none,
+              out_scale});
   char text[128];
   check(fastq_int8_gemm_describe(&call.args, text, sizeof(text)));
   return text;
@@ -169,10 +176,10 @@ std::string int8_gemm_describe(py::handle a, py::handle b, py::handle sa, py::ha
 
 // Names of configurations, one a line.
 std::string int8_gemm_candidates(py::handle a, py::handle b, py::handle sa, py::handle sb,
-                                 py::handle out) {
+                                 py::handle out, bool b_is_constant) {
   const py::none none;
   Call call;
-  fill(call, {a, b, sa, sb, none, out, none, false, none, none, none, none, none});
+  fill(call, {a, b, sa, sb, none, out, none, b_is_constant, false, none, none, none, none, none});
   char text[8192];
   check(fastq_int8_gemm_candidates(&call.args, text, sizeof(text)));
   return text;

@@ -62,7 +62,7 @@ struct TemporaryFile {
   ~TemporaryFile() { std::remove(path.c_str()); }
 };
 
-constexpr const char* kSwapped16 = "sm90/16x64x128_swapped_width32_blocks2";
+constexpr const char* kSwapped16 = "sm90/16x64x256_swapped_width32_blocks2";
 constexpr const char* kSwapped64 = "sm90/64x64x128_swapped_width40";
 const std::string kTable = std::string("# a comment\n\n") +                         //
                            "9.0 132 1 4096 4096 heuristic\n" +                      //
@@ -108,8 +108,8 @@ void the_last_of_equal_lines_counts() {
 
 void unknown_configurations_count_as_the_heuristic() {
   for (const char* name :
-       {"sm90/16x64x128_swapped_turbo3", "sm90/24x64x128_swapped", "sm100/256x256x128",
-        "sm90/0x64x128", "sm90/16x64x128_swapped_width72", "sm90/99999999999x64x128"}) {
+       {"sm90/16x64x256_swapped_turbo3", "sm90/24x64x256_swapped", "sm100/256x256x128",
+        "sm90/0x64x128", "sm90/16x64x256_swapped_width72", "sm90/99999999999x64x128"}) {
     const std::string line = "9.0 132 16 4096 4096 ";
     const TuningTable table(line + name + "\n9.0 132 64 4096 4096 " + kSwapped64, "table");
     EXPECT(line_for(table, 16) == "heuristic", name);
@@ -155,7 +155,7 @@ void a_users_table_goes_before_the_shipped_one() {
   }
   EXPECT(find(load_tuning_table("none", shipped), 16, 4096) == "heuristic", "none");
 
-  const std::string other = "sm90/32x64x128_swapped";
+  const std::string other = "sm90/32x64x256_swapped";
   const TemporaryFile file("9.0 132 32 4096 4096 " + other);
   const TuningTable table = load_tuning_table(file.path.c_str(), shipped);
   EXPECT(find(table, 16, 4096) == other, "the user's");
@@ -200,7 +200,7 @@ void dispatch_follows_the_table_where_it_can() {
   EXPECT(config_name(choice.config) == "sm80/128x128x64", config_name(choice.config));
   EXPECT(choice.reason == std::string("tuned"), choice.reason);
   const TuningTable odd("9.0 132 16 64 100 sm80/64x64x128\n9.0 132 32 64 100 " +
-                            std::string("sm90/32x64x128_swapped"),
+                            std::string("sm90/32x64x256_swapped"),
                         "table");
   EXPECT(select_config(shape(16, 64, 100), kH200, odd).workspace_size() == 0, "sm80 reads any K");
   EXPECT(select_config(shape(32, 64, 100), kH200, odd).relayout_a, "sm90 wants K padded");

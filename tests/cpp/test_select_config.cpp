@@ -124,6 +124,18 @@ void tiles_fit_the_problem() {
     const TileConfig tile = config(size, size, size, kH200).tile;
     EXPECT(tile.tile_m * tile.tile_n >= 128 * 128, std::to_string(size));
   }
+  // Up to 128 tokens are one tile, where its channels give work to all.
+  for (const auto& [M, tokens] : {std::pair{65, 80}, {80, 80}, {81, 128}, {128, 128}}) {
+    const GemmConfig c = config(M, 11008, 4096, kH200);
+    EXPECT(c.tile == tiles::swapped(tokens, 128) && c.width == 88, config_name(c));
+  }
+  // A constant weight has the largest ring to be read ahead into.
+  for (const int64_t N : {4096, 8192, 11008, 22016}) {
+    GemmShape s = shape(16, N, 4096);
+    s.b_is_constant = true;
+    EXPECT(select_config(s, kH200, false).config.blocks_per_sm == 1, std::to_string(N));
+  }
+  EXPECT(config(16, 4096, 4096, kH200).blocks_per_sm == 2, "another kernel settles in beside it");
   // The height of tiles follows M, so that a token more costs no whole wave of the largest; and an
   // output that TMA cannot store needs no other tile than its neighbour.
   for (const auto& [M, tokens] :
@@ -134,6 +146,10 @@ void tiles_fit_the_problem() {
     EXPECT(select_config(s, kH200, false).config.tile == tiles::swapped_pingpong(tokens),
            std::to_string(M));
   }
+  // Narrower tiles where those of 128 channels leave much of the last wave idle.
+  const GemmConfig narrow = config(160, 11008, 4096, kH200);
+  EXPECT(narrow.tile == tiles::swapped_pingpong(80) && narrow.width == 96, config_name(narrow));
+  EXPECT(config(1024, 11008, 4096, kH200).width == 0, "the products are the limit");
   // On the sm_80 side small tiles where large ones leave SMs without work.
   EXPECT(config(128, 128, 64, kA100).tile == tiles::kSm80Small, "one tile");
   EXPECT(config(8192, 8192, 64, kA100).tile == tiles::kSm80Large, "many");
@@ -147,10 +163,10 @@ void tiles_fit_the_problem() {
 
 void names_are_parsed() {
   GemmConfig c;
-  EXPECT(parse_config("sm90/16x64x128_swapped_width32_blocks2", c), "a whole name");
+  EXPECT(parse_config("sm90/16x64x256_swapped_width32_blocks2", c), "a whole name");
   EXPECT(c.tile == tiles::swapped(16, 64) && c.width == 32 && c.blocks_per_sm == 2, "its fields");
-  for (const char* name : {"", "sm80", "sm90/", "sm70/64x64x128", "sm90/16x64x128_swapped_width",
-                           "sm90/16x64x128_swapped_blocks2_width32", "sm90/16x64x128_swapped2"}) {
+  for (const char* name : {"", "sm80", "sm90/", "sm70/64x64x128", "sm90/16x64x256_swapped_width",
+                           "sm90/16x64x256_swapped_blocks2_width32", "sm90/16x64x256_swapped2"}) {
     EXPECT(!parse_config(name, c), name);
   }
 }
@@ -162,14 +178,16 @@ void bad_configurations_are_refused() {
     EXPECT(*config_problem(c, s) != '\0', name);
   };
   const GemmShape s = shape(16, 4096, 512);
-  refused("sm90/24x64x128_swapped", s);
-  refused("sm90/16x64x128_swapped_width72", s);
-  refused("sm90/16x64x128_swapped_width12", s);
-  refused("sm90/16x64x128_swapped_split9", s);
-  refused("sm90/16x64x128_swapped_split5", s);
+  refused("sm90/24x64x256_swapped", s);
+  refused("sm90/16x64x256_swapped_width72", s);
+  refused("sm90/16x64x256_swapped_width12", s);
+  refused("sm90/16x64x256_swapped_split9", s);
+  refused("sm90/16x64x256_swapped_split5", s);
   refused("sm90/64x128x128_swapped_blocks2", s);
-  refused("sm90/128x128x128_swapped", s);
+  refused("sm90/96x128x128_swapped", s);
   refused("sm90/96x128x128_swapped_pingpong_width64", s);
+  refused("sm90/96x128x128_swapped_pingpong_width88", s);
+  refused("sm90/96x128x128_swapped_pingpong_split2", s);
   refused("sm90/128x128x128_pingpong_split2", s);
   refused("sm80/128x128x64_width64", s);
   refused("sm80/128x128x64_split9", s);

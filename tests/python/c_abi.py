@@ -67,7 +67,7 @@ class GemmArgs(ctypes.Structure):
         ("residual", Tensor),
         ("out_scale", Tensor),
         ("activation", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("b_is_constant", ctypes.c_int32),
     )
 
 

@@ -281,6 +281,13 @@ def test_results_beyond_the_range_become_inf_or_subnormal(device, out_dtype):
     check((a, b, sa * 1e-6, sb * 1e-4), out_dtype)  # float16 subnormals
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_b_is_constant_changes_no_bits(device, layout):
+    a, b, sa, sb = random_gemm(20, 72, 144, device=device)
+    got = fastq.int8_gemm(a, in_layout(b, layout), sa, sb, b_is_constant=True)
+    reference.assert_same(got, reference.int8_gemm(a, b, sa, sb))
+
+
 def test_describe_names_the_kernel(device):
     a, b, _, _ = random_gemm(4, 8, 16, device=device)
     assert fastq.describe_int8_gemm(a, b).startswith(f"{device.type}/")

@@ -7,7 +7,7 @@ import torch
 
 import fastq
 import reference
-from operands import random_gemm, random_scales
+from operands import random_gemm, random_int8, random_scales
 
 pytestmark = pytest.mark.cuda
 
@@ -25,6 +25,8 @@ def configurations() -> list[str]:
         found.append(name)
         if name.startswith("sm80/"):
             found += [f"{name}_split2", f"{name}_split5"]
+        if name.endswith("_swapped_pingpong"):
+            found.append(f"{name}_width80")
         if name.endswith("_swapped"):
             tile_m, tile_n = (int(x) for x in name.split("/")[1].split("x")[:2])
             found += [f"{name}_width{tile_n - 24}", f"{name}_split2", f"{name}_width40_split5"]
@@ -115,7 +117,7 @@ def test_a_rows_bits_do_not_depend_on_its_batch(monkeypatch):
             assert torch.equal(fastq.int8_gemm(a, b, sa, sb, bias=bias), whole), name
 
 
-@pytest.mark.parametrize("name", ["sm80/16x128x128_split8", "sm90/16x64x128_swapped_split8"])
+@pytest.mark.parametrize("name", ["sm80/16x128x128_split8", "sm90/16x64x256_swapped_split8"])
 def test_split_k_is_deterministic(monkeypatch, name):
     a, b, sa, sb = random_gemm(16, 512, 4096, device=torch.device("cuda"), out_dtype=torch.float32)
     if not runs_here(name):
@@ -180,6 +182,40 @@ def test_a_chain_in_one_stream_sees_what_came_before(M):
         torch.cuda.synchronize()
     for _ in range(20):
         assert torch.equal(chain(), expected)
+
+
+@pytest.mark.parametrize("M", [1, 16, 64, 300])
+def test_a_constant_weight_may_change_before_another_call(M):
+    """b_is_constant: what wrote b has finished by then, as a call of fastq lies between."""
+    cuda = torch.device("cuda")
+    weights = [random_int8(2048, 1024, device=cuda, seed=seed) for seed in range(8)]
+    w = torch.empty_like(weights[0])
+    x = torch.randn(M, 1024, device=cuda)
+
+    def products() -> list[torch.Tensor]:
+        found = []
+        for weight in weights:
+            w.copy_(weight)
+            q, s = fastq.quantize_per_token(x)
+            product = fastq.int8_gemm(q, w.t(), s, 1.0, b_is_constant=True, out_dtype=torch.float32)
+            found.append(product)
+        return found
+
+    q, s = fastq.quantize_per_token(x)
+    torch.cuda.synchronize()
+    expected = [reference.int8_gemm(q, v.t(), s, 1.0, None, torch.float32) for v in weights]
+    for _ in range(3):
+        for got, want in zip(products(), expected, strict=True):
+            reference.assert_same(got, want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = products()
+    for _ in range(3):
+        for out in replayed:
+            out.fill_(torch.nan)
+        graph.replay()
+        for got, want in zip(replayed, expected, strict=True):
+            reference.assert_same(got, want)
 
 
 def test_a_configuration_that_cannot_run_says_why(monkeypatch):

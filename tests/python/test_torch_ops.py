@@ -27,19 +27,19 @@ OPS = torch.ops.fastq
 def gemm_samples(device):
     a, b, sa, sb = random_gemm(6, 8, 16, device=device)
     bias = random_scales(8, device=device)
-    yield a, b, sa, sb, None, torch.bfloat16, None
-    yield a, b.contiguous(), sa, sb, bias, torch.float32, None
-    yield a.view(2, 3, 16), b, sa.view(2, 3, 1), sb, bias.half(), torch.float16, None
-    yield a, b, None, None, None, torch.int32, None
+    yield a, b, sa, sb, None, torch.bfloat16, None, False
+    yield a, b.contiguous(), sa, sb, bias, torch.float32, None, True
+    yield a.view(2, 3, 16), b, sa.view(2, 3, 1), sb, bias.half(), torch.float16, None, False
+    yield a, b, None, None, None, torch.int32, None, False
     residual, points = random_floats(6, 8, device=device), random_zero_points(6, device=device)
     sums, out_scale = b.sum(0, dtype=torch.int32), torch.tensor([9.0], device=device)
     options = (residual, "gelu", points, sums)
-    yield a, b, sa, sb, bias, torch.float32, None, *options, None
-    yield a, b, sa, sb, bias, torch.int8, None, *options, out_scale
-    yield a, b, sa, sb, None, torch.bfloat16, None, None, "relu"
+    yield a, b, sa, sb, bias, torch.float32, None, False, *options, None
+    yield a, b, sa, sb, bias, torch.int8, None, False, *options, out_scale
+    yield a, b, sa, sb, None, torch.bfloat16, None, True, None, "relu"
     if device.type == "cpu":
         packed = fastq.pack_weight(b)
-        yield a, packed.data, sa, sb, bias, torch.float32, packed.shape
+        yield a, packed.data, sa, sb, bias, torch.float32, packed.shape, False
 
 
 def test_opcheck_int8_gemm(device):
@@ -48,9 +48,10 @@ def test_opcheck_int8_gemm(device):
 
 
 def test_opcheck_int8_gemm_out(device):
-    for a, b, sa, sb, bias, out_dtype, packed_shape, *options in gemm_samples(device):
+    for sample in gemm_samples(device):
+        a, b, sa, sb, bias, out_dtype, packed_shape, b_is_constant, *options = sample
         out = torch.zeros(*a.shape[:-1], 8, dtype=out_dtype, device=device)
-        arguments = (a, b, sa, sb, bias, packed_shape, out, *options)
+        arguments = (a, b, sa, sb, bias, packed_shape, b_is_constant, out, *options)
         torch.library.opcheck(OPS.int8_gemm.out, arguments)
 
 

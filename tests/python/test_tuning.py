@@ -19,7 +19,7 @@ from fastq import _core, cli, tuning
 from fastq.tuning import Device, Result, Shape
 
 H200 = Device(torch.device("cuda", 0), "NVIDIA H200", "9.0", 132, 60 << 20)
-SLOW, FAST = "sm90/64x64x128_swapped", "sm90/16x64x128_swapped_width32"
+SLOW, FAST = "sm90/64x64x128_swapped", "sm90/16x64x256_swapped_width32"
 
 
 def result(M: int, N: int = 4096, K: int = 4096, *, gain: float) -> Result:
@@ -181,7 +181,7 @@ def test_the_cpu_has_no_candidates():
     a = torch.zeros(2, 16, dtype=torch.int8)
     scale, out = torch.ones(()), torch.zeros(2, 2)
     with pytest.raises(NotImplementedError, match="int8_gemm_candidates: a is on cpu"):
-        _core.int8_gemm_candidates(a, a.t(), scale, scale, out)
+        _core.int8_gemm_candidates(a, a.t(), scale, scale, out, False)
 
 
 def test_null_pointers_through_the_c_abi():
@@ -242,13 +242,13 @@ def test_the_table_and_the_report(monkeypatch, tmp_path, capsys):
 def test_a_table_is_added_to(monkeypatch, tmp_path):
     output = tmp_path / "table.txt"
     output.write_text(
-        "# mine\n9.0 132 1 4096 4096 sm90/8x64x128_swapped # best\n"
+        "# mine\n9.0 132 1 4096 4096 sm90/8x64x256_swapped # best\n"
         "9.0 132 16 4096 4096 heuristic\n8.0 108 16 4096 4096 sm80/64x64x128\n"
     )
     assert run_tune(monkeypatch, [result(16, gain=1.5)], output) == 0
     assert lines_of(output) == [
         "8.0 108 16 4096 4096 sm80/64x64x128",
-        "9.0 132 1 4096 4096 sm90/8x64x128_swapped # best",
+        "9.0 132 1 4096 4096 sm90/8x64x256_swapped # best",
         f"9.0 132 16 4096 4096 {FAST}  # 10.00 us, heuristic 15.00 us",
     ]
 
@@ -340,7 +340,7 @@ def candidates(rows: int) -> list[str]:
     b = torch.zeros(256, 512, dtype=torch.int8, device="cuda").t()
     scale = torch.ones((), device="cuda")
     out = torch.zeros(rows, 256, dtype=torch.bfloat16, device="cuda")
-    return _core.int8_gemm_candidates(a, b, scale, scale, out).splitlines()
+    return _core.int8_gemm_candidates(a, b, scale, scale, out, True).splitlines()
 
 
 def key() -> str:

@@ -33,6 +33,7 @@ struct Int8GemmProblem {
   const int8_t* b = nullptr;  // b[k * stride_bk + n * stride_bn]
   int64_t stride_bk = 0, stride_bn = 0;
   const void* b_packed = nullptr;  // set instead of b for a packed weight
+  bool b_is_constant = false;      // may be read before the call's turn in the stream
   VectorView scale_a, scale_b, bias;
   VectorView zero_point, column_sums;  // int32, along M and N; both or neither
   Activation activation = Activation::kNone;

@@ -237,6 +237,7 @@ void set_operands(const Arguments& call, Int8GemmProblem& p) {
     p.b = static_cast<const int8_t*>(b.data);
     p.stride_bk = b.strides[0], p.stride_bn = b.strides[1];
   }
+  p.b_is_constant = call.args.b_is_constant != 0;
   p.out = out.data;
   p.out_dtype = dtype_of(out);
   p.stride_on = out.strides[out.rank - 1];
