@@ -38,7 +38,7 @@ bool b_is_contiguous(const Int8GemmProblem& p) {
 
 // A rough cost on one thread, only to choose the number of threads.
 double estimate_nanoseconds(const Int8GemmProblem& p, Isa isa) {
-  constexpr double kMacsPerNanosecond[] = {2, 20, 100, 800};  // by Isa
+  constexpr double kMacsPerNanosecond[] = {2, 20, 100, 800, 50};  // by Isa; NEON's unmeasured
   constexpr double kBytesPerNanosecond = 15;
   const double macs = static_cast<double>(p.M) * p.N * p.K;
   const double bytes = static_cast<double>(p.N) * p.K + static_cast<double>(p.M) * (p.K + p.N);
@@ -52,6 +52,7 @@ GemmAlgorithm choose_algorithm(const Int8GemmProblem& p, Isa isa) {
     case Isa::kScalar:
       return GemmAlgorithm::kDot;
     case Isa::kAvx2:
+    case Isa::kNeon:
       return p.M <= 16 ? GemmAlgorithm::kDot : GemmAlgorithm::kRepack;
     case Isa::kAvx512Vnni:
       return p.M <= 32 ? GemmAlgorithm::kDot : GemmAlgorithm::kRepack;
@@ -314,7 +315,7 @@ GemmConfig select_gemm_config(const Int8GemmProblem& p, Isa isa, int max_threads
   const bool swapped = config.algorithm == GemmAlgorithm::kSwapped;
   const bool repack = config.algorithm == GemmAlgorithm::kRepack;
   const bool packed = config.algorithm == GemmAlgorithm::kPacked;
-  config.pack_a = isa >= Isa::kAvx512Vnni && (packed || repack);
+  config.pack_a = (isa == Isa::kAvx512Vnni || isa == Isa::kAmx) && (packed || repack);
   config.copy_a = !swapped && !config.pack_a && !a_is_contiguous(p);
 
   const int64_t padded_k = std::max<int64_t>(round_up(p.K, kBlockK), kBlockK);

@@ -104,7 +104,7 @@ struct GemmKernels {
   void (*end)();
   void (*packed_tile)(const PackedTile& tile, int32_t* acc);  // null where panel_tile is not
   void (*dot_tile)(const DotTile& tile, int32_t* acc);
-  void (*panel_tile)(const PanelTile& tile, int32_t* acc);      // null for scalar and AVX2
+  void (*panel_tile)(const PanelTile& tile, int32_t* acc);      // null without AVX-512
   int8_t panel_flip;                                            // xor-ed into the bytes of panels
   void (*swapped_tile)(const SwappedTile& tile, int32_t* acc);  // null but for AMX
   // One block from b[k * stride_bk + n * stride_bn], zero-padded past k and n.
@@ -123,6 +123,8 @@ extern const GemmKernels kAvx2GemmKernels;
 extern const GemmKernels kAvx512VnniGemmKernels;
 extern const GemmKernels kAmxGemmKernels;
 void dot_tile_avx512_vnni(const DotTile& tile, int32_t* acc);
+#elif defined(__aarch64__)
+extern const GemmKernels kNeonGemmKernels;
 #endif
 
 inline const GemmKernels& gemm_kernels(Isa isa) {
@@ -130,6 +132,8 @@ inline const GemmKernels& gemm_kernels(Isa isa) {
   if (isa == Isa::kAmx) return kAmxGemmKernels;
   if (isa == Isa::kAvx512Vnni) return kAvx512VnniGemmKernels;
   if (isa == Isa::kAvx2) return kAvx2GemmKernels;
+#elif defined(__aarch64__)
+  if (isa == Isa::kNeon) return kNeonGemmKernels;
 #endif
   (void)isa;
   return kScalarGemmKernels;
