@@ -37,7 +37,8 @@ void every_choice_is_sound() {
     for (const int64_t N : {1, 15, 16, 33, 4096, 100000}) {
       for (const int64_t K : {0, 1, 63, 64, 4096, 131071}) {
         for (const Layout layout : {Layout::kRowsOfK, Layout::kRowsOfN, Layout::kPacked}) {
-          for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx}) {
+          for (const Isa isa :
+               {Isa::kScalar, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx, Isa::kNeon}) {
             for (const int threads : {1, 2, 64}) {
               const GemmConfig c = select_gemm_config(problem(M, N, K, layout), isa, threads);
               const std::string about = std::to_string(M) + "x" + std::to_string(N) + "x" +
@@ -56,7 +57,8 @@ void every_choice_is_sound() {
               }
               const bool copies_b = c.algorithm == GemmAlgorithm::kRepack;
               const bool blocks = copies_b || c.algorithm == GemmAlgorithm::kPacked;
-              EXPECT(c.pack_a == (blocks && isa >= Isa::kAvx512Vnni), about);
+              const bool panels = isa == Isa::kAvx512Vnni || isa == Isa::kAmx;
+              EXPECT(c.pack_a == (blocks && panels), about);
               EXPECT(c.slab_m >= std::min(c.chunk_m, M), about);
               if (c.pack_a) {
                 EXPECT(c.chunk_m % 32 == 0 && c.slab_m % 32 == 0, about);  // whole panels

@@ -22,9 +22,10 @@ struct Case {
   int64_t M, N, K;
 };
 // Around every tile edge: one less, exact, one more; one row; nothing at all.
-const std::vector<Case> kCases = {
-    {1, 1, 1},     {1, 16, 64},  {1, 33, 129}, {2, 15, 63}, {7, 17, 65}, {16, 16, 64}, {17, 31, 4},
-    {32, 48, 128}, {33, 65, 70}, {5, 100, 1},  {3, 5, 0},   {0, 4, 8},   {4, 0, 8}};
+const std::vector<Case> kCases = {{1, 1, 1},    {1, 16, 64},    {1, 33, 129},  {2, 15, 63},
+                                  {7, 17, 65},  {16, 16, 64},   {17, 31, 4},   {32, 48, 128},
+                                  {33, 65, 70}, {5, 100, 1},    {3, 5, 0},     {0, 4, 8},
+                                  {4, 0, 8},    {19, 45, 1030}, {133, 40, 600}};
 enum class Layout { kTransposed, kRowMajor, kReversed, kPacked };
 const Layout kLayouts[] = {Layout::kTransposed, Layout::kRowMajor, Layout::kReversed,
                            Layout::kPacked};
@@ -64,6 +65,18 @@ fastq_tensor operand_b(const std::vector<int8_t>& memory, const Case& c, Layout 
     return view;
   }
   return fastq::transposed(fastq::tensor_view(memory.data(), {c.N, c.K}));
+}
+
+// `packed` holds what pack_weight wrote, where the layout asks for it.
+fastq_weight weight_of(const fastq_tensor& b, const Case& c, Layout layout,
+                       std::vector<uint8_t>& packed) {
+  const fastq_weight plain = fastq::weight(b);
+  if (layout != Layout::kPacked) return plain;
+  packed.resize(fastq::pack_weight_size(plain) + 64);
+  auto* start = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64) % 64;
+  const auto view = fastq::tensor_view(start, {static_cast<int64_t>(packed.size() - 64)});
+  fastq::pack_weight(plain, view);
+  return fastq::packed_weight(view, c.K, c.N);
 }
 
 int8_t element(const fastq_tensor& view, int64_t i, int64_t j) {
@@ -163,15 +176,8 @@ void test_case(const Case& c, Layout layout, const std::string& about) {
     }
   }
 
-  fastq_weight weight = fastq::weight(view_b);
   std::vector<uint8_t> packed;
-  if (layout == Layout::kPacked) {
-    packed.resize(fastq::pack_weight_size(weight) + 64);
-    auto* start = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64) % 64;
-    const auto view = fastq::tensor_view(start, {static_cast<int64_t>(packed.size() - 64)});
-    fastq::pack_weight(weight, view);
-    weight = fastq::packed_weight(view, c.K, c.N);
-  }
+  fastq_weight weight = weight_of(view_b, c, layout, packed);
   std::vector<int32_t> out_sums(size, INT32_MIN);
   std::vector<float> out_scaled(size, -1e30f);
   std::vector<int8_t> out_quantized(size, 77);
@@ -197,6 +203,43 @@ void test_case(const Case& c, Layout layout, const std::string& about) {
   raw.zero_point = args.zero_point;
   run(raw, out_sums, c);
   compare(out_sums, shifted_sums, about + " int32 with a zero point");
+}
+
+std::vector<uint8_t> output_bytes(fastq_int8_gemm_args args, const Case& c, fastq_dtype dtype,
+                                  Isa isa) {
+  std::vector<uint8_t> out(static_cast<size_t>(c.M * c.N * 4), 0xab);
+  std::vector<std::vector<char>> blocks;
+  args.out = fastq::tensor_view(out.data(), dtype, {c.M, c.N});
+  args.allocate = allocate;
+  args.allocate_context = &blocks;
+  setenv("FASTQ_CPU_ISA", fastq::cpu::isa_name(isa), 1);
+  fastq::check(fastq_int8_gemm(&args));
+  return out;
+}
+
+// Every kind of output after every activation has the bits that the scalar kernel gives it.
+void test_bits(Isa isa, const Case& c, Layout layout, const std::string& about) {
+  const auto a = random_matrix(c.M * c.K), b = random_matrix(c.K * c.N);
+  const auto scale_a = random_floats(c.M, 1e-4f), scale_b = random_floats(c.N, 1e-3f);
+  const auto bias = random_floats(c.N, 0.01f);
+  const float out_scale = 0.02f;
+  std::vector<uint8_t> packed;
+  fastq_weight weight = weight_of(operand_b(b, c, layout), c, layout, packed);
+  weight.scale = fastq::tensor_view(scale_b.data(), {c.N});
+  auto args = fastq::int8_gemm_args(fastq::tensor_view(a.data(), {c.M, c.K}), weight,
+                                    fastq::tensor_view(scale_a.data(), {c.M}), {},
+                                    fastq::tensor_view(bias.data(), {c.N}));
+  for (const auto dtype : {FASTQ_FLOAT32, FASTQ_FLOAT16, FASTQ_BFLOAT16, FASTQ_INT8}) {
+    args.out_scale = dtype == FASTQ_INT8 ? fastq::tensor_view(&out_scale, {1}) : fastq_tensor{};
+    for (const auto activation :
+         {FASTQ_ACTIVATION_NONE, FASTQ_ACTIVATION_RELU, FASTQ_ACTIVATION_GELU,
+          FASTQ_ACTIVATION_GELU_TANH, FASTQ_ACTIVATION_SILU}) {
+      args.activation = activation;
+      compare(output_bytes(args, c, dtype, isa), output_bytes(args, c, dtype, Isa::kScalar),
+              about + " dtype " + std::to_string(dtype) + " activation " +
+                  std::to_string(activation) + " byte for byte");
+    }
+  }
 }
 
 // A struct that ends where fastq 0.1's did, in a heap block of that size.
@@ -227,21 +270,24 @@ void test_older_structs() {
 }  // namespace
 
 int main() try {
-  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx}) {
+  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx, Isa::kNeon}) {
     const std::string name = fastq::cpu::isa_name(isa);
     if (!fastq::cpu::isa_supported(isa)) {
       std::printf("%s: this machine does not offer it\n", name.c_str());
       continue;
     }
-    setenv("FASTQ_CPU_ISA", name.c_str(), 1);
     for (const Case& c : kCases) {
       for (Layout layout : kLayouts) {
         const std::string layouts[] = {"transposed", "row-major", "reversed", "packed"};
-        test_case(c, layout,
-                  name + " " + layouts[static_cast<int>(layout)] + " " + std::to_string(c.M) + "x" +
-                      std::to_string(c.N) + "x" + std::to_string(c.K));
+        const std::string about = name + " " + layouts[static_cast<int>(layout)] + " " +
+                                  std::to_string(c.M) + "x" + std::to_string(c.N) + "x" +
+                                  std::to_string(c.K);
+        setenv("FASTQ_CPU_ISA", name.c_str(), 1);
+        test_case(c, layout, about);
+        test_bits(isa, c, layout, about);
       }
     }
+    setenv("FASTQ_CPU_ISA", name.c_str(), 1);
     test_older_structs();
     std::printf("%s: done\n", name.c_str());
   }

@@ -11,12 +11,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace fastq::cpu {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx};
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx, Isa::kNeon};
 
 #if defined(__x86_64__)
 
@@ -58,6 +60,13 @@ Isa detect() {
   return amx && request_tile_data() ? Isa::kAmx : Isa::kAvx512Vnni;
 }
 
+#elif defined(__aarch64__) && defined(__linux__)
+
+Isa detect() {
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & kDotProduct ? Isa::kNeon : Isa::kScalar;
+}
+
 #else
 
 Isa detect() { return Isa::kScalar; }
@@ -81,12 +90,17 @@ const char* isa_name(Isa isa) {
       return "avx512vnni";
     case Isa::kAmx:
       return "amx";
+    case Isa::kNeon:
+      return "neon";
   }
   return "unknown";
 }
 
-// Each instruction set here implies the ones before it.
-bool isa_supported(Isa isa) { return isa <= best_isa(); }
+// Each instruction set of x86-64 implies the ones before it.
+bool isa_supported(Isa isa) {
+  if (isa == Isa::kScalar || isa == best_isa()) return true;
+  return isa != Isa::kNeon && best_isa() != Isa::kNeon && isa < best_isa();
+}
 
 Isa active_isa() {
   const char* forced = std::getenv("FASTQ_CPU_ISA");
@@ -97,8 +111,9 @@ Isa active_isa() {
     not_implemented(std::string("FASTQ_CPU_ISA=") + forced +
                     ": this machine does not offer it; it offers " + supported_isas_json());
   }
-  invalid_value(std::string("FASTQ_CPU_ISA: expected scalar, avx2, avx512vnni or amx, got '") +
-                forced + "'");
+  invalid_value(
+      std::string("FASTQ_CPU_ISA: expected scalar, avx2, avx512vnni, amx or neon, got '") + forced +
+      "'");
 }
 
 std::string supported_isas_json() {

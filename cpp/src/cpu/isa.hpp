@@ -5,7 +5,7 @@
 
 namespace fastq::cpu {
 
-enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2, kAmx = 3 };
+enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2, kAmx = 3, kNeon = 4 };
 
 const char* isa_name(Isa isa);
 

@@ -38,7 +38,7 @@ bool b_is_contiguous(const Int8GemmProblem& p) {
 
 // A rough cost on one thread, only to choose the number of threads.
 double estimate_nanoseconds(const Int8GemmProblem& p, Isa isa) {
-  constexpr double kMacsPerNanosecond[] = {2, 20, 100, 800};  // by Isa
+  constexpr double kMacsPerNanosecond[] = {2, 20, 100, 800, 50};  // by Isa; NEON's unmeasured
   constexpr double kBytesPerNanosecond = 15;
   const double macs = static_cast<double>(p.M) * p.N * p.K;
   const double bytes = static_cast<double>(p.N) * p.K + static_cast<double>(p.M) * (p.K + p.N);
@@ -52,6 +52,7 @@ GemmAlgorithm choose_algorithm(const Int8GemmProblem& p, Isa isa) {
     case Isa::kScalar:
       return GemmAlgorithm::kDot;
     case Isa::kAvx2:
+    case Isa::kNeon:
       return p.M <= 16 ? GemmAlgorithm::kDot : GemmAlgorithm::kRepack;
     case Isa::kAvx512Vnni:
       return p.M <= 32 ? GemmAlgorithm::kDot : GemmAlgorithm::kRepack;
@@ -163,23 +164,26 @@ void run_packed(const Int8GemmProblem& p, const GemmKernels& kernels, const Gemm
 // a moment ago, its rows where the columns come from memory.
 void run_panels(const Int8GemmProblem& p, const GemmKernels& kernels, const GemmConfig& config,
                 const Chunk& chunk, const int8_t* panels, const int8_t* blocks) {
-  alignas(64) int32_t acc[kPanelRows * kTileN];
+  alignas(64) int32_t acc[kPanelRows * kMaxPanelCols];
+  const int64_t tile_n = kernels.panel_cols;
   const int64_t block_stride = packed_block_stride(p.K), padded_k = block_stride / kBlockN;
   const int64_t row_tiles = (chunk.m_end - chunk.m_begin + kPanelRows - 1) / kPanelRows;
-  const int64_t column_tiles = (chunk.n_end - chunk.n_begin + kTileN - 1) / kTileN;
+  const int64_t column_tiles = (chunk.n_end - chunk.n_begin + tile_n - 1) / tile_n;
   const int32_t* sums = p.b_packed == nullptr ? nullptr : packed_column_sums(p.b_packed);
   const auto tile = [&](int64_t m, int64_t n, const Run& next) {
     const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, chunk.m_end - m));
-    const int cols = static_cast<int>(std::min<int64_t>(kTileN, chunk.n_end - n));
+    const int cols = static_cast<int>(std::min(tile_n, chunk.n_end - n));
     const int8_t* b = blocks + (n - chunk.n_begin) / kBlockN * block_stride;
     kernels.panel_tile(
         {panels + (m - chunk.m_begin) * padded_k, rows, b, block_stride, cols, padded_k / kBlockK,
          sums == nullptr ? nullptr : sums + n, output_lines(p, m, rows, n, cols), next},
         acc);
-    kernels.write_tile(p, m, rows, n, cols, acc);
+    for (int c = 0; c < cols; c += kTileN) {
+      kernels.write_tile(p, m, rows, n + c, std::min(cols - c, kTileN), acc + c * kPanelRows);
+    }
   };
   const auto row = [&](int64_t i) { return chunk.m_begin + i * kPanelRows; };
-  const auto column = [&](int64_t j) { return chunk.n_begin + j * kTileN; };
+  const auto column = [&](int64_t j) { return chunk.n_begin + j * tile_n; };
   if (config.algorithm == GemmAlgorithm::kRepack) {
     for (int64_t i = 0; i < row_tiles; ++i) {
       const int64_t left = std::min<int64_t>(kPanelRows, chunk.m_end - row(i + 1));
@@ -192,10 +196,10 @@ void run_panels(const Int8GemmProblem& p, const GemmKernels& kernels, const Gemm
     return;
   }
   for (int64_t j = 0; j < column_tiles; ++j) {
-    const int8_t* next = blocks + (j + 1) * kTileN * padded_k;
+    const int8_t* next = blocks + (j + 1) * tile_n * padded_k;
     const int64_t left = round_up(chunk.n_end, kBlockN) - column(j + 1);
     // A single panel of rows leaves no time to fetch far ahead.
-    const int64_t columns = row_tiles > 1 ? std::clamp<int64_t>(left, 0, kTileN) : 0;
+    const int64_t columns = row_tiles > 1 ? std::clamp<int64_t>(left, 0, tile_n) : 0;
     for (int64_t i = 0; i < row_tiles; ++i) {
       tile(row(i), column(j), share(next, columns * padded_k, i, row_tiles));
     }
@@ -314,7 +318,7 @@ GemmConfig select_gemm_config(const Int8GemmProblem& p, Isa isa, int max_threads
   const bool swapped = config.algorithm == GemmAlgorithm::kSwapped;
   const bool repack = config.algorithm == GemmAlgorithm::kRepack;
   const bool packed = config.algorithm == GemmAlgorithm::kPacked;
-  config.pack_a = isa >= Isa::kAvx512Vnni && (packed || repack);
+  config.pack_a = (isa == Isa::kAvx512Vnni || isa == Isa::kAmx) && (packed || repack);
   config.copy_a = !swapped && !config.pack_a && !a_is_contiguous(p);
 
   const int64_t padded_k = std::max<int64_t>(round_up(p.K, kBlockK), kBlockK);

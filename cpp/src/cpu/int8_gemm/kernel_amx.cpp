@@ -172,8 +172,7 @@ void swapped_tile(const SwappedTile& t, int32_t* acc) {
 
 }  // namespace
 
-const GemmKernels kAmxGemmKernels = {begin,      end, nullptr,      dot_tile_avx512_vnni,
-                                     panel_tile, 0,   swapped_tile, pack_block_avx512,
-                                     write_tile};
+const GemmKernels kAmxGemmKernels = {begin,  end, nullptr,      dot_tile_avx512_vnni, panel_tile,
+                                     kTileN, 0,   swapped_tile, pack_block_avx512,    write_tile};
 
 }  // namespace fastq::cpu

@@ -131,7 +131,7 @@ void dot_tile(const DotTile& t, int32_t* acc) {
 
 }  // namespace
 
-const GemmKernels kAvx2GemmKernels = {nullptr, nullptr, packed_tile,        dot_tile,  nullptr,
+const GemmKernels kAvx2GemmKernels = {nullptr, nullptr, packed_tile,        dot_tile,  nullptr, 0,
                                       0,       nullptr, pack_block_strided, write_tile};
 
 }  // namespace fastq::cpu

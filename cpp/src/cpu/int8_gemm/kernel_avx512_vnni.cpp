@@ -18,7 +18,7 @@
 namespace fastq::cpu {
 namespace {
 
-constexpr int64_t kBlocksInL1 = 4;      // K blocks of 32 columns: 8 KB
+constexpr int64_t kBlocksInL1 = 2;      // K blocks of 64 columns: 8 KB
 constexpr int64_t kStreamAhead = 2048;  // bytes of a column block fetched into L1 before their use
 
 inline __m512i flip(__m512i b) { return _mm512_xor_si512(b, _mm512_set1_epi8(-128)); }
@@ -42,23 +42,28 @@ int32_t row_excess(const int8_t* a, int64_t K) {
   return _mm512_reduce_add_epi32(sum);
 }
 
+// Sixteen columns of one row in the tiles side by side of a panel.
+inline int32_t* sums_at(int32_t* acc, int row, int block) {
+  constexpr int kBlocks = kTileN / kBlockN;  // of a tile
+  return acc + (block / kBlocks * kPanelRows + row) * kTileN + block % kBlocks * kBlockN;
+}
+
 // acc[0:MR][0:16 * NR] += a times `blocks` K blocks. The rows of a are unsigned and lie 64 bytes
-// apart, their next K block `a_step` bytes on. Each line of b fetches the one `ahead` bytes on.
-template <int MR, int NR>
+// apart, their next K block `a_step` bytes on. With kFetch, each line of b fetches the one
+// kStreamAhead bytes on.
+template <int MR, int NR, bool kFetch>
 void multiply_blocks(const int8_t* a, int64_t a_step, const int8_t* b, int64_t block_stride,
-                     int64_t blocks, int64_t ahead, int32_t* acc) {
+                     int64_t blocks, int32_t* acc) {
   __m512i sum[MR][NR];
   FASTQ_UNROLL for (int i = 0; i < MR; ++i) {
-    FASTQ_UNROLL for (int j = 0; j < NR; ++j) {
-      sum[i][j] = _mm512_load_si512(acc + i * kTileN + j * kBlockN);
-    }
+    FASTQ_UNROLL for (int j = 0; j < NR; ++j) sum[i][j] = _mm512_load_si512(sums_at(acc, i, j));
   }
   for (int64_t block = 0; block < blocks; ++block, a += a_step) {
     for (int k = 0; k < kBlockK; k += 4, b += 64) {
       __m512i weight[NR];
       FASTQ_UNROLL for (int j = 0; j < NR; ++j) {
         weight[j] = _mm512_loadu_si512(b + j * block_stride);
-        fetch_run<_MM_HINT_T0>(address(b) + j * block_stride + ahead, 64);
+        if (kFetch) fetch_run<_MM_HINT_T0>(address(b) + j * block_stride + kStreamAhead, 64);
       }
       FASTQ_UNROLL for (int i = 0; i < MR; ++i) {
         const __m512i activation = broadcast_group(a + i * kBlockK + k);
@@ -69,27 +74,26 @@ void multiply_blocks(const int8_t* a, int64_t a_step, const int8_t* b, int64_t b
     }
   }
   FASTQ_UNROLL for (int i = 0; i < MR; ++i) {
-    FASTQ_UNROLL for (int j = 0; j < NR; ++j) {
-      _mm512_store_si512(acc + i * kTileN + j * kBlockN, sum[i][j]);
-    }
+    FASTQ_UNROLL for (int j = 0; j < NR; ++j) _mm512_store_si512(sums_at(acc, i, j), sum[i][j]);
   }
 }
 
+// The first rows fetch b for the ones after them. 6 x 64 sums are 24 registers, which take ten
+// loads for 24 products; 32 rows are four times six and two times four.
 template <int NR>
 void multiply_rows(const int8_t* a, int rows, const int8_t* b, int64_t block_stride, int64_t blocks,
                    int32_t* acc) {
   const int64_t a_step = rows * kBlockK;
   int r = 0;
-  const auto step = [&](auto kernel, int count) {
-    for (; r + count <= rows; r += count) {
-      const int64_t ahead = r == 0 ? kStreamAhead : 0;
-      kernel(a + r * kBlockK, a_step, b, block_stride, blocks, ahead, acc + r * kTileN);
-    }
+  const auto step = [&](auto first, auto later, int count) {
+    const auto kernel = r == 0 ? first : later;
+    kernel(a + r * kBlockK, a_step, b, block_stride, blocks, acc + r * kTileN);
+    r += count;
   };
-  step(multiply_blocks<8, NR>, 8);
-  step(multiply_blocks<4, NR>, 4);
-  step(multiply_blocks<2, NR>, 2);
-  step(multiply_blocks<1, NR>, 1);
+  while (rows - r > 8) step(multiply_blocks<6, NR, true>, multiply_blocks<6, NR, false>, 6);
+  while (rows - r >= 4) step(multiply_blocks<4, NR, true>, multiply_blocks<4, NR, false>, 4);
+  if (rows - r >= 2) step(multiply_blocks<2, NR, true>, multiply_blocks<2, NR, false>, 2);
+  if (rows - r >= 1) step(multiply_blocks<1, NR, true>, multiply_blocks<1, NR, false>, 1);
 }
 
 // Every sum is 128 * sum_k b[k, n] too large: where the accumulators start.
@@ -108,21 +112,19 @@ inline __m512i column_start(const int32_t* sums) {
 }
 
 void panel_tile(const PanelTile& t, int32_t* acc) {
-  const bool two = t.cols > kBlockN;
-  const int8_t* right = t.b + t.block_stride;
-  const bool known = t.column_sums != nullptr;
-  const __m512i left_start = known ? column_start(t.column_sums) : column_start(t.b, t.blocks);
-  __m512i right_start = _mm512_setzero_si512();
-  if (two)
-    right_start = known ? column_start(t.column_sums + kBlockN) : column_start(right, t.blocks);
-  for (int r = 0; r < t.rows; ++r) {
-    _mm512_store_si512(acc + r * kTileN, left_start);
-    _mm512_store_si512(acc + r * kTileN + kBlockN, right_start);
+  const int columns = (t.cols + kBlockN - 1) / kBlockN;
+  for (int j = 0; j < columns; ++j) {
+    const __m512i start = t.column_sums != nullptr
+                              ? column_start(t.column_sums + j * kBlockN)
+                              : column_start(t.b + j * t.block_stride, t.blocks);
+    for (int r = 0; r < t.rows; ++r) _mm512_store_si512(sums_at(acc, r, j), start);
   }
   const int64_t chunks = (t.blocks + kBlocksInL1 - 1) / kBlocksInL1;
   RowFetcher out(t.out, chunks);
   RunFetcher next(t.next, chunks);
-  const auto multiply = two ? multiply_rows<2> : multiply_rows<1>;
+  constexpr decltype(&multiply_rows<1>) kMultiply[] = {multiply_rows<1>, multiply_rows<2>,
+                                                       multiply_rows<3>, multiply_rows<4>};
+  const auto multiply = kMultiply[columns - 1];
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t block = chunk * kBlocksInL1;
     out.step();
@@ -201,8 +203,8 @@ void dot_tile_avx512_vnni(const DotTile& t, int32_t* acc) {
   }
 }
 
-const GemmKernels kAvx512VnniGemmKernels = {nullptr,    nullptr, nullptr, dot_tile_avx512_vnni,
-                                            panel_tile, -128,    nullptr, pack_block_avx512,
-                                            write_tile};
+const GemmKernels kAvx512VnniGemmKernels = {
+    nullptr,       nullptr, nullptr, dot_tile_avx512_vnni, panel_tile,
+    kMaxPanelCols, -128,    nullptr, pack_block_avx512,    write_tile};
 
 }  // namespace fastq::cpu

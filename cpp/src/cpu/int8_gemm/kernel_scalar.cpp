@@ -65,7 +65,7 @@ void pack_block_strided(const int8_t* b, int64_t stride_bk, int64_t stride_bn, i
   }
 }
 
-const GemmKernels kScalarGemmKernels = {nullptr, nullptr, packed_tile,        dot_tile,  nullptr,
+const GemmKernels kScalarGemmKernels = {nullptr, nullptr, packed_tile,        dot_tile,  nullptr, 0,
                                         0,       nullptr, pack_block_strided, write_tile};
 
 }  // namespace fastq::cpu

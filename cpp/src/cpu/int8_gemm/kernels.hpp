@@ -20,6 +20,7 @@ namespace fastq::cpu {
 constexpr int kTileM = 128;
 constexpr int kTileN = 32;
 constexpr int kPanelRows = 32;                  // rows of a packed panel of a
+constexpr int kMaxPanelCols = 64;               // columns that a panel is multiplied by at once
 constexpr int kBlockN = 16;                     // columns of a packed block
 constexpr int kBlockK = 64;                     // rows of K of a packed block
 constexpr int kBlockBytes = kBlockN * kBlockK;  // [16 groups of k][16 n][4 k]
@@ -51,13 +52,14 @@ struct PackedTile {
   Fetch out;  // what the output will be written to
 };
 
-// The same sums with rows of a in packed form, [K / 64][rows][64].
+// The same sums with rows of a in packed form, [K / 64][rows][64], as tiles side by side of
+// acc[kPanelRows][kTileN].
 struct PanelTile {
   const int8_t* a;
   int rows;  // at most kPanelRows
   const int8_t* b;
   int64_t block_stride;
-  int cols;                    // at most kTileN
+  int cols;                    // at most panel_cols of the kernels
   int64_t blocks;              // of K
   const int32_t* column_sums;  // sum_k b(k, n), or null where they are not known
   Fetch out;                   // what the output will be written to
@@ -104,8 +106,9 @@ struct GemmKernels {
   void (*end)();
   void (*packed_tile)(const PackedTile& tile, int32_t* acc);  // null where panel_tile is not
   void (*dot_tile)(const DotTile& tile, int32_t* acc);
-  void (*panel_tile)(const PanelTile& tile, int32_t* acc);      // null for scalar and AVX2
-  int8_t panel_flip;                                            // xor-ed into the bytes of panels
+  void (*panel_tile)(const PanelTile& tile, int32_t* acc);  // null without AVX-512
+  int panel_cols;                                           // whole tiles, kMaxPanelCols at most
+  int8_t panel_flip;                                        // xor-ed into the bytes of panels
   void (*swapped_tile)(const SwappedTile& tile, int32_t* acc);  // null but for AMX
   // One block from b[k * stride_bk + n * stride_bn], zero-padded past k and n.
   void (*pack_block)(const int8_t* b, int64_t stride_bk, int64_t stride_bn, int k, int n,
@@ -123,6 +126,8 @@ extern const GemmKernels kAvx2GemmKernels;
 extern const GemmKernels kAvx512VnniGemmKernels;
 extern const GemmKernels kAmxGemmKernels;
 void dot_tile_avx512_vnni(const DotTile& tile, int32_t* acc);
+#elif defined(__aarch64__)
+extern const GemmKernels kNeonGemmKernels;
 #endif
 
 inline const GemmKernels& gemm_kernels(Isa isa) {
@@ -130,6 +135,8 @@ inline const GemmKernels& gemm_kernels(Isa isa) {
   if (isa == Isa::kAmx) return kAmxGemmKernels;
   if (isa == Isa::kAvx512Vnni) return kAvx512VnniGemmKernels;
   if (isa == Isa::kAvx2) return kAvx2GemmKernels;
+#elif defined(__aarch64__)
+  if (isa == Isa::kNeon) return kNeonGemmKernels;
 #endif
   (void)isa;
   return kScalarGemmKernels;
