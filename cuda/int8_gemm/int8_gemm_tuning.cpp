@@ -42,13 +42,13 @@ std::string read_file(const char* path) {
   return text;
 }
 
-// Of swapped tiles with as many channels, the one that holds M with the least to spare; for longer
-// batches the shorter ones too, several along M.
+// Of swapped tiles with as many channels, the one that holds M with the least to spare, and the
+// tallest, several along M.
 bool suits(const TileConfig& tile, int64_t M) {
-  if (tile.tile_m < M) return tile.tile_m >= 64;
   return std::none_of(std::begin(tiles::kSm90), std::end(tiles::kSm90), [&](const TileConfig& t) {
-    return t.schedule == tile.schedule && t.tile_n == tile.tile_n && t.tile_m >= M &&
-           t.tile_m < tile.tile_m;
+    const bool is_better =
+        tile.tile_m < M ? t.tile_m > tile.tile_m : t.tile_m >= M && t.tile_m < tile.tile_m;
+    return t.schedule == tile.schedule && t.tile_n == tile.tile_n && is_better;
   });
 }
 

@@ -141,11 +141,14 @@ void tiles_fit_the_problem() {
   for (const auto& [M, tokens] :
        {std::pair{130, 64}, {257, 80}, {384, 96}, {385, 128}, {500, 128}}) {
     GemmShape s = shape(M, 4096, 4096);
-    EXPECT(select_config(s, kH200, false).config.tile.tile_m == tokens, std::to_string(M));
+    const TileConfig tile = select_config(s, kH200, false).config.tile;
+    EXPECT(tile.tile_m == tokens, std::to_string(M));
     s.out_is_tma_storable = false;
-    EXPECT(select_config(s, kH200, false).config.tile == tiles::swapped_pingpong(tokens),
-           std::to_string(M));
+    const TileConfig other = select_config(s, kH200, false).config.tile;
+    EXPECT(other.tile_m == tokens && other.schedule != Schedule::kPingpong, std::to_string(M));
   }
+  EXPECT(config(512, 4096, 4096, kH200).tile == tiles::swapped(128, 128), "a single wave");
+  EXPECT(config(4096, 4096, 4096, kH200).tile == tiles::kSm90Large, "many");
   // Narrower tiles where those of 128 channels leave much of the last wave idle.
   const GemmConfig narrow = config(160, 11008, 4096, kH200);
   EXPECT(narrow.tile == tiles::swapped_pingpong(80) && narrow.width == 96, config_name(narrow));
