@@ -234,14 +234,16 @@ inline GemmConfig select_pingpong_config(const GemmShape& s, const GemmDevice& d
       return std::max(4 * option.tokens, 2 * (option.tokens + width));
     };
     const int width = pingpong_width(option.tokens, s, device);
-    const bool narrow = cycles(width) < cycles(128);
+    // Where the products are far from being the limit even then, it was no faster.
+    const bool narrow = cycles(width) < cycles(128) && width <= option.tokens + 16;
     consider(narrow ? time * (2 + static_cast<double>(cycles(width)) / cycles(128)) / 3 : time,
              tiles::swapped_pingpong(option.tokens), narrow ? width : 0);
   }
   // Two warpgroups that share a tile end it sooner, but not under the next one's main loop; and
   // their blocks need no neighbours.
   const int64_t waves = ceil_div(ceil_div(s.M, 128) * ceil_div(s.N, 128), device.sm_count);
-  consider(1.25 * static_cast<double>(waves) - 0.33, tiles::swapped(128, 128), 0);
+  const double time = waves == 1 ? 0.93 : 0.05 + 1.2 * static_cast<double>(waves);
+  consider(time, tiles::swapped(128, 128), 0);
   return config;
 }
 
