@@ -1,11 +1,11 @@
 // Programmatic dependent launch: a kernel launched with the attribute may start while the one
 // before it in its stream still runs.
 //
-// Every kernel so launched waits before it lets its successor start, and before it touches global
-// memory, but for an int8_gemm's b that is promised constant. So whatever ran before its predecessor
-// has finished when it starts, however early that one let it. A
-// launch without the attribute waits for everything, as ever. Code compiled for less than
-// kDependentLaunchArch cannot wait, so it must be launched without, wherever it runs.
+// Every kernel so launched waits before it touches global memory (but for the b of an int8_gemm
+// that is promised constant), and lets its successor start only then. So when a kernel starts,
+// whatever ran before its predecessor has finished. A launch without the attribute waits for
+// everything, as ever. Code compiled for less than kDependentLaunchArch cannot wait, so it must be
+// launched without, wherever it runs.
 #pragma once
 
 #include <cuda_runtime_api.h>
