@@ -7,9 +7,8 @@
 // not. So one kernel serves one token as well as thousands.
 //
 //   block      two producer threads fill a ring of stages by TMA (128 or 256 bytes of K of every
-//   row); one
-//              or two consumer warpgroups multiply, each with 64 channels x kTokens tokens of
-//              int32.
+//              row); one or two consumer warpgroups multiply, each with 64 channels x kTokens
+//              tokens of int32.
 //   ping-pong  two warpgroups take turns with tiles of 128 channels: one writes its tile while the
 //              other has the tensor cores. Blocks come in clusters of two, neighbours along M: each
 //              brings half of the channels that both need (multicast).

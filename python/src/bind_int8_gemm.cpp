@@ -133,6 +133,10 @@ PyObject* int8_gemm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Operands from{};
     from.a = args[0], from.b = args[1], from.sa = args[2], from.sb = args[3];
     from.bias = args[4], from.out = args[5], from.packed_shape = args[7];
+    if (!PyBool_Check(args[8])) {
+      throw py::type_error(std::string("int8_gemm: b_is_constant is a ") +
+                           Py_TYPE(args[8])->tp_name + ", expected a bool");
+    }
     from.b_is_constant = args[8] == Py_True;
     from.has_options = count == kWithOptions;
     if (from.has_options) {

@@ -109,6 +109,7 @@ GEMM_TYPE_ERRORS = {
         g, out_scale=g["sa"][0, 0].half()
     ),
     "bias has dtype bfloat16, expected float32": lambda g: int8_out(g, bias=g["bias"].bfloat16()),
+    "b_is_constant is a int, expected a bool": lambda g: {"b_is_constant": 1},
     "activation is a builtin_function_or_method, expected None or one of relu, gelu": lambda g: {
         "activation": torch.relu
     },

@@ -144,11 +144,11 @@ typedef struct fastq_int8_gemm_args {
                               be out itself (same data, dtype, sizes, strides), else apart from it */
   fastq_tensor out_scale;  /* float32, one element; present exactly when out is int8 */
   int32_t activation;      /* fastq_activation */
-  int32_t b_is_constant;   /* not 0: no work that the stream has still to do writes b's data, or some
-                              does, but a fastq call follows it. CUDA may then read b's data before
-                              the call's turn in the stream, while the kernel before it still runs
-                              (programmatic dependent launch); with few tokens that is a good part
-                              of the time. No effect on the bits, none on the CPU */
+  int32_t b_is_constant; /* not 0: no work that the stream has still to do writes b's data, or some
+                            does, but a fastq call follows it. CUDA may then read b's data before
+                            the call's turn in the stream, while the kernel before it still runs
+                            (programmatic dependent launch); with few tokens that is a good part
+                            of the time. No effect on the bits, none on the CPU */
 } fastq_int8_gemm_args;
 
 FASTQ_API fastq_status fastq_int8_gemm_workspace_size(const fastq_int8_gemm_args* args,

@@ -113,8 +113,8 @@ inline fastq_weight packed_weight(const fastq_tensor& packed, int64_t k, int64_t
   return w;
 }
 
-// The arguments of one product; set zero_point, activation, residual, out_scale and b_is_constant on
-// the result.
+// The arguments of one product; set zero_point, activation, residual, out_scale and b_is_constant
+// on the result.
 // Keep `b` alive as long as the struct.
 inline fastq_int8_gemm_args int8_gemm_args(const fastq_tensor& a, const fastq_weight& b,
                                            const fastq_tensor& scale_a, const fastq_tensor& out,
