@@ -150,9 +150,8 @@ def ours(p: Problem, families: list[str], wanted: Wanted) -> dict[str, Case]:
         if wanted(name):
             with kernel_family(family):
                 config = fastq.describe_int8_gemm(p.qx, p.qw.t(), b_is_constant=True)
-            product = partial(in_family, family)
-            if family == "default":
-                product = constant_weight_product
+            is_default = family == "default"
+            product = constant_weight_product if is_default else partial(in_family, family)
             cases[name] = p.rotate(product, p.int8, INT8, config)
     if p.device.type == "cuda" and p.M <= MAX_M_QUANTIZED and wanted(UNPROMISED):
         config = fastq.describe_int8_gemm(p.qx, p.qw.t())

@@ -94,7 +94,7 @@ inline void GemmChoice::take(const GemmConfig& c, const GemmShape& s) {
 // Their partial sums take at most 16 times 4 bytes an element of out.
 inline constexpr int64_t kMostSplitTokens = 512;
 
-// Two warpgroups' worth of channels, of which each of two blocks brings a multiple of 8.
+// With 64 channels the second half of the tile would be idle.
 inline constexpr int kLeastPingpongWidth = 80;
 
 // Why a configuration cannot run, or does not exist; empty when it can.

@@ -1,8 +1,8 @@
 """The ops on torch tensors: INT8 GEMM, quantisation and dequantisation.
 
-Each op is a torch custom op in the namespace ``fastq`` with a fake kernel, so ``torch.compile``
-and CUDA graphs take it; the functions here check what the native library cannot see (autograd),
-allocate outputs and call the op. Scales are float32 multipliers: ``x ~ q * s``.
+Each op is a torch custom op (:mod:`fastq.torch_library`), so ``torch.compile`` and CUDA graphs take
+it; the functions here check what the native library cannot see (autograd), allocate outputs and
+call the op. Scales are float32 multipliers: ``x ~ q * s``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,19 @@ import torch
 from torch import Tensor
 
 from . import _core
+from .torch_library import (
+    dequantize_kernel,
+    dequantize_op,
+    dequantize_out_kernel,
+    dequantize_out_op,
+    gemm_shape,
+    int8_gemm_op,
+    int8_gemm_out_op,
+    quantize_per_channel_kernel,
+    quantize_per_channel_op,
+    quantize_per_token_kernel,
+    quantize_per_token_op,
+)
 
 _OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int8)
 _ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
@@ -39,130 +52,6 @@ class PackedWeight(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         return (self.k, self.n)
-
-
-# `out` is positional in the schemas: a keyword costs the dispatcher 2 us a call.
-_library = torch.library.Library("fastq", "DEF")
-_OPTIONS = (
-    "Tensor? residual=None, str? activation=None, Tensor? zero_point=None, "
-    "Tensor? column_sums=None, Tensor? out_scale=None"
-)
-_library.define(
-    "int8_gemm(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, ScalarType out_dtype, "
-    f"SymInt[]? packed_shape, bool b_is_constant, {_OPTIONS}) -> Tensor"
-)
-_library.define(
-    "int8_gemm.out(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, "
-    f"SymInt[]? packed_shape, bool b_is_constant, Tensor(a!) out, {_OPTIONS}) -> ()"
-)
-_library.define("quantize_per_token(Tensor x, int rotation=0) -> (Tensor, Tensor)")
-_library.define("quantize_per_channel(Tensor w, int rotation=0) -> (Tensor, Tensor)")
-_library.define("dequantize(Tensor q, Tensor s, ScalarType out_dtype) -> Tensor")
-_library.define("dequantize.out(Tensor q, Tensor s, Tensor(a!) out) -> ()")
-
-
-def _gemm_shape(a: Tensor, b: Tensor, packed_shape: Any) -> tuple[int, ...]:
-    if a.dim() < 2:
-        raise ValueError(f"int8_gemm: a has shape {tuple(a.shape)}, expected (..., M, K)")
-    if packed_shape is None and b.dim() != 2:
-        raise ValueError(f"int8_gemm: b has shape {tuple(b.shape)}, expected (K, N)")
-    n = b.shape[1] if packed_shape is None else packed_shape[1]
-    return (*a.shape[:-1], n)
-
-
-def _int8_gemm_out(
-    a,
-    b,
-    sa,
-    sb,
-    bias,
-    packed_shape,
-    b_is_constant,
-    out,
-    residual=None,
-    activation=None,
-    zero_point=None,
-    column_sums=None,
-    out_scale=None,
-):
-    options = (residual, activation, zero_point, column_sums, out_scale)
-    _core.int8_gemm(a, b, sa, sb, bias, out, packed_shape, b_is_constant, *options)
-
-
-def _int8_gemm(a, b, sa, sb, bias, out_dtype, packed_shape, b_is_constant, *options):
-    out = torch.empty(_gemm_shape(a, b, packed_shape), dtype=out_dtype, device=a.device)
-    _int8_gemm_out(a, b, sa, sb, bias, packed_shape, b_is_constant, out, *options)
-    return out
-
-
-def _int8_gemm_fake(a, b, sa, sb, bias, out_dtype, packed_shape, b_is_constant, *options):
-    k = b.shape[0] if packed_shape is None else packed_shape[0]
-    shape = _gemm_shape(a, b, packed_shape)
-    torch._check_value(
-        a.shape[-1] == k, lambda: f"int8_gemm: a has shape {tuple(a.shape)}, expected K = {k}"
-    )
-    return a.new_empty(shape, dtype=out_dtype)
-
-
-def _quantize(entry, x, rotation):
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    per_token = entry is _core.quantize_per_token
-    shape = (*x.shape[:-1], 1) if per_token else x.shape[:-1]
-    s = torch.empty(shape, dtype=torch.float32, device=x.device)
-    entry(x, q, s, rotation)
-    return q, s
-
-
-def _quantize_per_token(x, rotation=0):
-    return _quantize(_core.quantize_per_token, x, rotation)
-
-
-def _quantize_per_channel(w, rotation=0):
-    return _quantize(_core.quantize_per_channel, w, rotation)
-
-
-def _quantize_per_token_fake(x, rotation=0):
-    q = x.new_empty(x.shape, dtype=torch.int8)
-    return q, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-
-
-def _quantize_per_channel_fake(w, rotation=0):
-    return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(w.shape[:-1], dtype=torch.float32)
-
-
-def _dequantize(q, s, out_dtype):
-    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
-    _core.dequantize(q, s, out)
-    return out
-
-
-def _dequantize_out(q, s, out):
-    _core.dequantize(q, s, out)
-
-
-def _dequantize_fake(q, s, out_dtype):
-    return q.new_empty(q.shape, dtype=out_dtype)
-
-
-# One registration serves every device: the native library itself tells the devices apart. There
-# are no autograd kernels on purpose: they would cost microseconds a call.
-for _name, _kernel, _fake in (
-    ("int8_gemm", _int8_gemm, _int8_gemm_fake),
-    ("int8_gemm.out", _int8_gemm_out, lambda *args: None),
-    ("quantize_per_token", _quantize_per_token, _quantize_per_token_fake),
-    ("quantize_per_channel", _quantize_per_channel, _quantize_per_channel_fake),
-    ("dequantize", _dequantize, _dequantize_fake),
-    ("dequantize.out", _dequantize_out, lambda *args: None),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastq::{_name}", _fake, lib=_library)
-
-_int8_gemm_op = torch.ops.fastq.int8_gemm.default
-_int8_gemm_out_op = torch.ops.fastq.int8_gemm.out
-_quantize_per_token_op = torch.ops.fastq.quantize_per_token.default
-_quantize_per_channel_op = torch.ops.fastq.quantize_per_channel.default
-_dequantize_op = torch.ops.fastq.dequantize.default
-_dequantize_out_op = torch.ops.fastq.dequantize.out
 
 
 # How the native module sees that something stands between a call and its kernel: a mode, a
@@ -315,7 +204,8 @@ def int8_gemm(
         out_scale: float32, one element: the static scale of an int8 output, ``y ~ out * out_scale``
             (SmoothQuant O3). In that output -128 stands for NaN, and for nothing else.
         b_is_constant: a promise that no work which the current CUDA stream has still to do writes
-            b, or that another call of fastq follows that work, such as :func:`quantize_per_token`.
+            b, or that a call of fastq follows that work there, such as :func:`quantize_per_token`
+            of at least one element.
             b is then read while the kernel before this one still runs (programmatic dependent
             launch), with few tokens a good part of the time. The bits stay the same.
         out_dtype: bfloat16 (the default), float16, float32, or int8 (the default with out_scale);
@@ -375,12 +265,12 @@ def int8_gemm(
         )
     _check_tensors("int8_gemm", a=a, b=b, sa=sa, sb=sb, bias=bias, out=out)
     if out is not None:
-        _int8_gemm_out_op(a, b, sa, sb, bias, packed_shape, b_is_constant, out, *options)
+        int8_gemm_out_op(a, b, sa, sb, bias, packed_shape, b_is_constant, out, *options)
         return out
     if out_dtype is None:
         out_dtype = torch.bfloat16 if out_scale is None else torch.int8
     _check_dtype("int8_gemm", out_dtype, _OUT_DTYPES)
-    return _int8_gemm_op(a, b, sa, sb, bias, out_dtype, packed_shape, b_is_constant, *options)
+    return int8_gemm_op(a, b, sa, sb, bias, out_dtype, packed_shape, b_is_constant, *options)
 
 
 def describe_int8_gemm(
@@ -392,13 +282,14 @@ def describe_int8_gemm(
 ) -> str:
     """The kernel and configuration that :func:`int8_gemm` takes for these operands.
 
-    For example ``"cpu/amx/packed"``. Raises as :func:`int8_gemm` does.
+    For example ``"cpu/amx/packed"``; on Hopper ``b_is_constant`` has a say in it. Raises as
+    :func:`int8_gemm` does.
     """
     packed_shape = None
     if isinstance(b, PackedWeight):
         b, packed_shape = b.data, b.shape
     _check_tensors("int8_gemm", a=a, b=b)
-    out = torch.empty(_gemm_shape(a, b, packed_shape), dtype=out_dtype, device=a.device)
+    out = torch.empty(gemm_shape(a, b, packed_shape), dtype=out_dtype, device=a.device)
     one = None if out_dtype == torch.int32 else torch.ones((), device=a.device)
     out_scale = one if out_dtype == torch.int8 else None
     return _core.int8_gemm_describe(a, b, one, one, out, packed_shape, out_scale, b_is_constant)
@@ -451,7 +342,7 @@ def quantize_per_token(x: Tensor, *, rotation: int = 0) -> tuple[Tensor, Tensor]
         raise ValueError("quantize_per_token: x has shape (), expected (..., K)")
     if rotation != 0:
         _check_rotation_of("quantize_per_token", "x", x, rotation)
-    return (_quantize_per_token if _is_direct(x) else _quantize_per_token_op)(x, rotation)
+    return (quantize_per_token_kernel if _is_direct(x) else quantize_per_token_op)(x, rotation)
 
 
 def quantize_per_channel(w: Tensor, *, rotation: int = 0) -> tuple[Tensor, Tensor]:
@@ -474,7 +365,7 @@ def quantize_per_channel(w: Tensor, *, rotation: int = 0) -> tuple[Tensor, Tenso
         raise ValueError(f"quantize_per_channel: w has shape {tuple(w.shape)}, expected (N, K)")
     if rotation != 0:
         _check_rotation_of("quantize_per_channel", "w", w, rotation)
-    return (_quantize_per_channel if _is_direct(w) else _quantize_per_channel_op)(w, rotation)
+    return (quantize_per_channel_kernel if _is_direct(w) else quantize_per_channel_op)(w, rotation)
 
 
 def dequantize(
@@ -503,11 +394,11 @@ def dequantize(
         raise ValueError("dequantize: q has shape (), expected (..., K)")
     if out is not None:
         _check_out_dtype("dequantize", out, out_dtype)
-        (_dequantize_out if direct else _dequantize_out_op)(q, s, out)
+        (dequantize_out_kernel if direct else dequantize_out_op)(q, s, out)
         return out
     out_dtype = torch.bfloat16 if out_dtype is None else out_dtype
     _check_dtype("dequantize", out_dtype, _FLOAT_DTYPES)
-    return (_dequantize if direct else _dequantize_op)(q, s, out_dtype)
+    return (dequantize_kernel if direct else dequantize_op)(q, s, out_dtype)
 
 
 def describe() -> dict[str, Any]:

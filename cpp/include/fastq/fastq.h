@@ -145,7 +145,7 @@ typedef struct fastq_int8_gemm_args {
   fastq_tensor out_scale;  /* float32, one element; present exactly when out is int8 */
   int32_t activation;      /* fastq_activation */
   int32_t b_is_constant; /* not 0: no work that the stream has still to do writes b's data, or some
-                            does, but a fastq call follows it. CUDA may then read b's data before
+                            does, but a fastq call with work follows it. CUDA may then read b before
                             the call's turn in the stream, while the kernel before it still runs
                             (programmatic dependent launch); with few tokens that is a good part
                             of the time. No effect on the bits, none on the CPU */

@@ -1,0 +1,137 @@
+"""The torch custom ops of the namespace ``fastq``: schemas, kernels and fake kernels.
+
+Arguments are checked by the native library; what it cannot see, and the public functions, are in
+:mod:`fastq.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _core
+
+# `out` is positional in the schemas: a keyword costs the dispatcher 2 us a call.
+_library = torch.library.Library("fastq", "DEF")
+_OPTIONS = (
+    "Tensor? residual=None, str? activation=None, Tensor? zero_point=None, "
+    "Tensor? column_sums=None, Tensor? out_scale=None"
+)
+_library.define(
+    "int8_gemm(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, ScalarType out_dtype, "
+    f"SymInt[]? packed_shape, bool b_is_constant, {_OPTIONS}) -> Tensor"
+)
+_library.define(
+    "int8_gemm.out(Tensor a, Tensor b, Tensor? sa, Tensor? sb, Tensor? bias, "
+    f"SymInt[]? packed_shape, bool b_is_constant, Tensor(a!) out, {_OPTIONS}) -> ()"
+)
+_library.define("quantize_per_token(Tensor x, int rotation=0) -> (Tensor, Tensor)")
+_library.define("quantize_per_channel(Tensor w, int rotation=0) -> (Tensor, Tensor)")
+_library.define("dequantize(Tensor q, Tensor s, ScalarType out_dtype) -> Tensor")
+_library.define("dequantize.out(Tensor q, Tensor s, Tensor(a!) out) -> ()")
+
+
+def gemm_shape(a: Tensor, b: Tensor, packed_shape: Any) -> tuple[int, ...]:
+    if a.dim() < 2:
+        raise ValueError(f"int8_gemm: a has shape {tuple(a.shape)}, expected (..., M, K)")
+    if packed_shape is None and b.dim() != 2:
+        raise ValueError(f"int8_gemm: b has shape {tuple(b.shape)}, expected (K, N)")
+    n = b.shape[1] if packed_shape is None else packed_shape[1]
+    return (*a.shape[:-1], n)
+
+
+def _int8_gemm_out(
+    a,
+    b,
+    sa,
+    sb,
+    bias,
+    packed_shape,
+    b_is_constant,
+    out,
+    residual=None,
+    activation=None,
+    zero_point=None,
+    column_sums=None,
+    out_scale=None,
+):
+    options = (residual, activation, zero_point, column_sums, out_scale)
+    _core.int8_gemm(a, b, sa, sb, bias, out, packed_shape, b_is_constant, *options)
+
+
+def _int8_gemm(a, b, sa, sb, bias, out_dtype, packed_shape, b_is_constant, *options):
+    out = torch.empty(gemm_shape(a, b, packed_shape), dtype=out_dtype, device=a.device)
+    _int8_gemm_out(a, b, sa, sb, bias, packed_shape, b_is_constant, out, *options)
+    return out
+
+
+def _int8_gemm_fake(a, b, sa, sb, bias, out_dtype, packed_shape, b_is_constant, *options):
+    k = b.shape[0] if packed_shape is None else packed_shape[0]
+    shape = gemm_shape(a, b, packed_shape)
+    torch._check_value(
+        a.shape[-1] == k, lambda: f"int8_gemm: a has shape {tuple(a.shape)}, expected K = {k}"
+    )
+    return a.new_empty(shape, dtype=out_dtype)
+
+
+def _quantize(entry, x, rotation):
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    per_token = entry is _core.quantize_per_token
+    shape = (*x.shape[:-1], 1) if per_token else x.shape[:-1]
+    s = torch.empty(shape, dtype=torch.float32, device=x.device)
+    entry(x, q, s, rotation)
+    return q, s
+
+
+def quantize_per_token_kernel(x, rotation=0):
+    return _quantize(_core.quantize_per_token, x, rotation)
+
+
+def quantize_per_channel_kernel(w, rotation=0):
+    return _quantize(_core.quantize_per_channel, w, rotation)
+
+
+def _quantize_per_token_fake(x, rotation=0):
+    q = x.new_empty(x.shape, dtype=torch.int8)
+    return q, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _quantize_per_channel_fake(w, rotation=0):
+    return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(w.shape[:-1], dtype=torch.float32)
+
+
+def dequantize_kernel(q, s, out_dtype):
+    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    _core.dequantize(q, s, out)
+    return out
+
+
+def dequantize_out_kernel(q, s, out):
+    _core.dequantize(q, s, out)
+
+
+def _dequantize_fake(q, s, out_dtype):
+    return q.new_empty(q.shape, dtype=out_dtype)
+
+
+# One registration serves every device: the native library itself tells the devices apart. There
+# are no autograd kernels on purpose: they would cost microseconds a call.
+for _name, _kernel, _fake in (
+    ("int8_gemm", _int8_gemm, _int8_gemm_fake),
+    ("int8_gemm.out", _int8_gemm_out, lambda *args: None),
+    ("quantize_per_token", quantize_per_token_kernel, _quantize_per_token_fake),
+    ("quantize_per_channel", quantize_per_channel_kernel, _quantize_per_channel_fake),
+    ("dequantize", dequantize_kernel, _dequantize_fake),
+    ("dequantize.out", dequantize_out_kernel, lambda *args: None),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastq::{_name}", _fake, lib=_library)
+
+int8_gemm_op = torch.ops.fastq.int8_gemm.default
+int8_gemm_out_op = torch.ops.fastq.int8_gemm.out
+quantize_per_token_op = torch.ops.fastq.quantize_per_token.default
+quantize_per_channel_op = torch.ops.fastq.quantize_per_channel.default
+dequantize_op = torch.ops.fastq.dequantize.default
+dequantize_out_op = torch.ops.fastq.dequantize.out
