@@ -19,16 +19,17 @@ inline constexpr TileConfig kSm80Small{64, 64, 128, Schedule::kMultistage};
 inline constexpr TileConfig kSm80Large{128, 128, 64, Schedule::kMultistage};
 inline constexpr TileConfig kSm80Deep{128, 128, 128, Schedule::kMultistage};
 constexpr TileConfig swapped(int tokens, int channels) {
-  return {tokens, channels, tokens <= 32 ? 256 : 128, Schedule::kSwapped};
+  return {tokens, channels, tokens <= 32 || channels <= 64 ? 256 : 128, Schedule::kSwapped};
 }
 constexpr TileConfig swapped_pingpong(int tokens) {
   return {tokens, 128, 128, Schedule::kSwappedPingpong};
 }
 inline constexpr TileConfig kSm90[] = {
-    kSm90Medium,          kSm90Large,           swapped(8, 64),       swapped(16, 64),
-    swapped(32, 64),      swapped(64, 64),      swapped(16, 128),     swapped(64, 128),
-    swapped(80, 128),     swapped(128, 128),    swapped_pingpong(64), swapped_pingpong(80),
-    swapped_pingpong(96), swapped_pingpong(128)};
+    kSm90Medium,          kSm90Large,           swapped(8, 64),        swapped(16, 64),
+    swapped(32, 64),      swapped(64, 64),      swapped(16, 128),      swapped(64, 128),
+    swapped(80, 128),     swapped(96, 128),     swapped(112, 128),     swapped(128, 128),
+    swapped(144, 128),    swapped(160, 128),    swapped(192, 128),     swapped_pingpong(64),
+    swapped_pingpong(80), swapped_pingpong(96), swapped_pingpong(112), swapped_pingpong(128)};
 inline constexpr TileConfig kSm80[] = {kSm80Few, kSm80Small, kSm80Large, kSm80Deep};
 }  // namespace tiles
 
@@ -109,7 +110,8 @@ inline const char* config_problem(const GemmConfig& c, const GemmShape& s) {
     return "the width of a ping-pong tile is not a multiple of 16 from 80 to 128";
   }
   if (c.tile.schedule != Schedule::kSwapped) {
-    if ((c.width > 0 && !is_pingpong) || c.blocks_per_sm > 1 || (sm90 && c.split_k > 1)) {
+    const bool has_swapped_options = (c.width > 0 || c.cluster_n) && !is_pingpong;
+    if (has_swapped_options || c.blocks_per_sm > 1 || (sm90 && c.split_k > 1)) {
       return "only swapped tiles have such options";
     }
     if (!sm90) {
@@ -125,6 +127,7 @@ inline const char* config_problem(const GemmConfig& c, const GemmShape& s) {
   if (c.width < 0 || c.width > c.tile.tile_n || c.width % 8 != 0) {
     return "the width is not a multiple of 8 up to the tile's";
   }
+  if (c.cluster_n) return "only ping-pong tiles come in pairs";
   if (c.split_k < 1 || c.split_k > 8) return "split_k is not 1 to 8";
   if (c.split_k > ceil_div(s.K, c.tile.tile_k)) return "K has fewer parts";
   if (c.blocks_per_sm != 1 && c.blocks_per_sm != 2) return "there are 1 or 2 blocks";
@@ -142,109 +145,125 @@ inline int64_t weight_share(const GemmShape& s, const GemmDevice& device) {
 // Few tokens: the time is the weight's bytes over the bandwidth, so every multiprocessor should
 // have the same share of the weight. A constant weight is read ahead of the kernel's turn, into as
 // large a ring as there is; another kernel starts sooner where its blocks can settle in beside
-// those of the one before.
-inline GemmConfig select_swapped_config(const GemmShape& s, const GemmDevice& device) {
+// those of the one before. The sizes at which one beats the other were measured on an H200.
+inline GemmConfig select_few_tokens_config(const GemmShape& s, const GemmDevice& device) {
   GemmConfig config;
   config.family = KernelFamily::kSm90;
   const int64_t share = weight_share(s, device);
-  if (s.M > 64) {
-    config.tile = share <= 64 ? tiles::swapped(64, 64) : tiles::swapped(s.M <= 80 ? 80 : 128, 128);
-    if (share > 64) config.width = static_cast<int>(share);
-    return config;
-  }
-  const int tokens = s.M <= 8 ? 8 : s.M <= 16 ? 16 : s.M <= 32 ? 32 : 64;
-  const int64_t k_tiles = ceil_div(s.K, 128);
   if (share <= 64) {
+    const int tokens = s.M <= 8 ? 8 : s.M <= 16 ? 16 : s.M <= 32 ? 32 : 64;
     config.tile = tiles::swapped(tokens, 64);
-    // Half of a tile idle costs nothing, but where K is short a share of 64 channels with fewer
-    // blocks has less to read of the tokens.
-    config.width = static_cast<int>(std::max<int64_t>(share, 16));
-    config.blocks_per_sm = tokens <= 32 && !s.b_is_constant ? 2 : 1;
-    const bool is_narrow = ceil_div(s.N, 64) * 2 <= device.sm_count;
-    if (tokens == 64 && is_narrow && !s.b_is_constant) config.width = 64;
-    // A narrow weight: share K too, though half of the multiprocessors do without it as well.
-    const int64_t tiles = ceil_div(s.N, config.width);
-    while (config.split_k < 8 && 4 * tiles * config.split_k <= device.sm_count &&
-           k_tiles >= 8 * config.split_k) {
-      config.split_k *= 2;
+    // A small weight does not need all multiprocessors, and leaves the others to the next kernel.
+    const int64_t tiles = ceil_div(s.M, tokens) * ceil_div(s.N, 64), some = device.sm_count / 2;
+    const bool is_small = s.N * s.K <= int64_t{s.b_is_constant ? 26 : 20} << 20;
+    if (4 * tiles <= some && s.K >= 2048) {
+      config.split_k = 4;
+    } else if (2 * tiles <= some) {
+      config.width = 32;
+    } else if (s.M <= 64 && !(is_small && (tokens <= 16 || (tokens == 32 && !s.b_is_constant)))) {
+      config.width = static_cast<int>(share);
+      config.blocks_per_sm = tokens <= 32 && !s.b_is_constant ? 2 : 1;
     }
-    if (config.width == 64) config.width = 0;
     return config;
   }
-  if (share <= 96 && tokens > 32) {
-    config.tile = tiles::swapped(64, 128);
-    config.width = static_cast<int>(share);
-    return config;
-  }
-  if (share <= 128 && share > 64 && tokens <= 16) {
-    config.tile = tiles::swapped(16, 128);
+  if (share <= 128 && (s.M > 32 || s.M <= 16)) {
+    for (const int tokens : {16, 64, 80, 96, 112, 128}) {
+      config.tile = tiles::swapped(tokens, 128);
+      if (s.M <= tokens) break;
+    }
     config.width = static_cast<int>(share);
     return config;
   }
   // Several tiles a multiprocessor.
-  config.tile = tiles::swapped(tokens, 64);
+  config.tile = tiles::swapped(s.M <= 8 ? 8 : s.M <= 16 ? 16 : s.M <= 32 ? 32 : 64, 64);
   const int64_t tiles_per_sm = ceil_div(s.N, int64_t{64} * device.sm_count);
   config.width = static_cast<int>(round_up(ceil_div(s.N, tiles_per_sm * device.sm_count), 8));
   return config;
 }
 
+// The time of a tile's waves for K = 4096, in microseconds on an H200: a line through what was
+// measured for N from 1024 to 22016 and M from 129 to 1024.
+struct WaveTime {
+  int tokens;
+  double first, each;
+};
+// Ping-pong tiles whose neighbours along M share channels, or along N tokens; and those that two
+// warpgroups share, which end sooner, but not under the next one's main loop.
+inline constexpr WaveTime kPairsM[] = {
+    {64, 0.5, 8.3}, {80, 1.2, 9.3}, {96, 1.6, 10.2}, {112, 1.8, 11.3}, {128, 2.0, 12.7}};
+inline constexpr WaveTime kPairsN[] = {
+    {64, 2.0, 9.0}, {80, 2.0, 9.6}, {96, 2.0, 10.4}, {112, 2.2, 11.4}, {128, 2.0, 12.5}};
+inline constexpr WaveTime kShared[] = {{64, 0.3, 9.2},    {80, 0.2, 11.0},   {96, 0.1, 11.6},
+                                       {112, -0.3, 12.9}, {128, -0.6, 14.3}, {144, -0.9, 16.4},
+                                       {160, -1.0, 18.1}, {192, -2.5, 21.9}};
+inline constexpr WaveTime kNarrow = {64, -1.5, 7.7};  // 64 channels
+
 // The narrowest ping-pong tile, in steps of 16 channels, that takes no more waves than the widest.
-// A cluster has two tiles along M, so an odd number of them costs one more.
-inline int pingpong_width(int tokens, const GemmShape& s, const GemmDevice& device) {
+inline int64_t pingpong_width(int tokens, const GemmShape& s, const GemmDevice& device) {
   const int64_t rows = round_up(ceil_div(s.M, tokens), 2);
   const int64_t waves = ceil_div(rows * ceil_div(s.N, 128), device.sm_count);
   const int64_t columns = std::max<int64_t>(waves * device.sm_count / rows, 1);
-  return static_cast<int>(
-      std::clamp<int64_t>(round_up(ceil_div(s.N, columns), 16), kLeastPingpongWidth, 128));
+  return std::clamp<int64_t>(round_up(ceil_div(s.N, columns), 16), kLeastPingpongWidth, 128);
 }
 
 // Many tokens: the tile with the shortest sequence of waves.
-inline GemmConfig select_pingpong_config(const GemmShape& s, const GemmDevice& device) {
-  GemmConfig config;
-  config.family = KernelFamily::kSm90;
-  struct Option {
-    int tokens;
-    double wave;  // its time, measured on an H200
-  };
-  // CUTLASS's kernel is 1-4 % faster where its boxes, which leave the matrix at the edge, do so by
-  // little.
-  const auto suits_cutlass = [&](int tokens) {
-    const int64_t rows = ceil_div(s.M, tokens);
-    const bool fits = rows >= 16 || (rows % 2 == 0 && rows * tokens - s.M <= s.M / 64);
-    return s.out_is_tma_storable && fits && (tokens == 64 || tokens == 128);
-  };
+inline GemmConfig select_many_tokens_config(const GemmShape& s, const GemmDevice& device) {
+  GemmConfig best;
   double least = 0;
-  const auto consider = [&](double time, const TileConfig& tile, int width) {
+  const auto consider = [&](double time, const TileConfig& tile, int64_t width = 0,
+                            bool cluster_n = false) {
     if (least > 0 && time >= least) return;
     least = time;
-    config.tile = tile;
-    config.width = width;
+    best.family = KernelFamily::kSm90;
+    best.tile = tile;
+    best.width = width < tile.tile_n ? static_cast<int>(width) : 0;
+    best.cluster_n = cluster_n;
   };
-  for (const Option& option :
-       {Option{128, 1.0}, Option{96, 0.85}, Option{80, 0.79}, Option{64, 0.66}}) {
-    const int64_t rows = round_up(ceil_div(s.M, option.tokens), 2);
-    const int64_t waves = ceil_div(rows * ceil_div(s.N, 128), device.sm_count);
-    const double time = option.wave * static_cast<double>(waves);
-    if (suits_cutlass(option.tokens)) {
-      consider(0.96 * time, option.tokens == 64 ? tiles::kSm90Medium : tiles::kSm90Large, 0);
+  const auto waves = [&](int64_t rows, int64_t columns) {
+    return ceil_div(rows * columns, device.sm_count);
+  };
+  const auto time = [&](const WaveTime& t, int64_t rows, int64_t columns, int channels) {
+    // A wave with few rows of tiles may have to wait for its part of the weight, at 4.2 TB/s.
+    const int64_t loaded = std::min<int64_t>(columns, device.sm_count / rows) * channels;
+    const double full = std::max(t.each, 4096 / 4.2e6 * static_cast<double>(loaded));
+    const auto full_waves = static_cast<double>(waves(rows, columns) - 1);
+    return t.first + (full_waves * full + t.each) * static_cast<double>(s.K) / 4096;
+  };
+  const int64_t columns = ceil_div(s.N, 128);
+
+  for (const WaveTime& t : kPairsM) {
+    const int64_t rows = round_up(ceil_div(s.M, t.tokens), 2);
+    const double whole = time(t, rows, columns, 128);
+    // CUTLASS's kernel is a little faster where its boxes hardly leave the matrix at the edge.
+    const bool fits = rows >= 16 || rows * t.tokens - s.M <= s.M / 64;
+    if (s.out_is_tma_storable && fits && (t.tokens == 64 || t.tokens == 128)) {
+      consider(0.965 * whole, t.tokens == 64 ? tiles::kSm90Medium : tiles::kSm90Large);
     }
     // For 128 bytes of K the products of 128 channels take 4 cycles a token, whatever the width,
     // and what they are made of comes in at 64 bytes a cycle. Of what that saves a third is seen.
-    const auto cycles = [&](int width) {
-      return std::max(4 * option.tokens, 2 * (option.tokens + width));
+    const int64_t width = pingpong_width(t.tokens, s, device);
+    const auto cycles = [&](int64_t width) {
+      return std::max<int64_t>(4 * t.tokens, 2 * (t.tokens + width));
     };
-    const int width = pingpong_width(option.tokens, s, device);
     // Where the products are far from being the limit even then, it was no faster.
-    const bool narrow = cycles(width) < cycles(128) && width <= option.tokens + 16;
-    consider(narrow ? time * (2 + static_cast<double>(cycles(width)) / cycles(128)) / 3 : time,
-             tiles::swapped_pingpong(option.tokens), narrow ? width : 0);
+    const bool narrow = t.tokens > 64 && width <= t.tokens + 32;
+    const double saved = 1 - static_cast<double>(cycles(width)) / cycles(128);
+    consider(narrow && saved > 0 ? whole * (1 - saved / 3) : whole,
+             tiles::swapped_pingpong(t.tokens), narrow && saved > 0 ? width : 128);
   }
-  // Two warpgroups that share a tile end it sooner, but not under the next one's main loop; and
-  // their blocks need no neighbours.
-  const int64_t waves = ceil_div(ceil_div(s.M, 128) * ceil_div(s.N, 128), device.sm_count);
-  const double time = waves == 1 ? 0.93 : 0.05 + 1.2 * static_cast<double>(waves);
-  consider(time, tiles::swapped(128, 128), 0);
-  return config;
+  for (const WaveTime& t : kPairsN) {
+    consider(time(t, ceil_div(s.M, t.tokens), round_up(columns, 2), 128),
+             tiles::swapped_pingpong(t.tokens), 128, true);
+  }
+  consider(time(kNarrow, ceil_div(s.M, 64), ceil_div(s.N, 64), 64), tiles::swapped(64, 64));
+  for (const WaveTime& t : kShared) {
+    const int64_t rows = ceil_div(s.M, t.tokens), count = waves(rows, columns);
+    // In a single wave, for all to have the same share.
+    const int64_t width = count > 1 ? 128 : round_up(ceil_div(s.N, device.sm_count / rows), 8);
+    consider(time(t, rows, columns, 128), tiles::swapped(t.tokens, 128),
+             std::max<int64_t>(width, 72));
+  }
+  return best;
 }
 
 inline GemmConfig select_sm90_config(const GemmShape& s, const GemmDevice& device) {
@@ -252,7 +271,7 @@ inline GemmConfig select_sm90_config(const GemmShape& s, const GemmDevice& devic
   const int64_t share = weight_share(s, device);
   const bool is_one_wave = 2 * ceil_div(s.N, 64) <= device.sm_count || (share > 64 && share <= 128);
   const bool few = s.M <= 64 || (s.M <= 128 && is_one_wave);
-  return few ? select_swapped_config(s, device) : select_pingpong_config(s, device);
+  return few ? select_few_tokens_config(s, device) : select_many_tokens_config(s, device);
 }
 
 // Large tiles where they give work to all, else smaller ones; and as many parts of K as it takes to

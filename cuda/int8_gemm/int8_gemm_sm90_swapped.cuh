@@ -10,8 +10,8 @@
 //              row); one or two consumer warpgroups multiply, each with 64 channels x kTokens
 //              tokens of int32.
 //   ping-pong  two warpgroups take turns with tiles of 128 channels: one writes its tile while the
-//              other has the tensor cores. Blocks come in clusters of two, neighbours along M: each
-//              brings half of the channels that both need (multicast).
+//              other has the tensor cores. Blocks come in clusters of two, neighbours along M or N:
+//              each brings half of the channels or tokens that both need (multicast).
 //   grid       persistent: a block walks over tiles, and the producers run ahead into the next one.
 //   width      the channels of a tile are a run-time number, up to those of the instance. For few
 //              tokens it is chosen so that every multiprocessor has the same share of the weight;
@@ -24,27 +24,28 @@
 //              tokens. The sums are exact, so the order does not matter.
 #pragma once
 
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // widths that are no power of two
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <algorithm>
 
 #include <cute/arch/cluster_sm90.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
-#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/arch/copy_sm90_desc.hpp>
 
 #include "int8_gemm/int8_gemm_kernels.hpp"
 #include "int8_gemm/int8_gemm_sm90_swapped_output.cuh"
+#include "int8_gemm/int8_wgmma.cuh"
 #include "runtime/dependent_launch.cuh"
 #include "runtime/tma.hpp"
 
 namespace fastq::cuda {
 
 struct SwappedParams {
-  CUtensorMap a, b;  // tokens and channels
-  int tiles_m, tiles_n;
-  int width;         // channels of a tile: a multiple of 8
-  int box_m, box_n;  // tokens and channels that are loaded for a tile
+  CUtensorMap a, b;      // tokens and channels
+  int tiles_m, tiles_n;  // of clusters, where there are any
+  bool cluster_n;        // of neighbours along N, which share tokens; else along M: channels
+  int group;             // columns of tiles that are worked off together
+  int width;             // channels of a tile: a multiple of 8
+  int box_m, box_n;      // tokens and channels that are loaded for a tile
   int k_tiles, stages;
   int split_k;
   bool b_is_constant;  // the kernel before this one does not write it
@@ -55,14 +56,16 @@ template <int kTokens, int kWarpgroups, bool kIsPingpong>
 struct SwappedTraits {
   static_assert(!kIsPingpong || kWarpgroups == 2);
   static constexpr bool kPingpong = kIsPingpong;
-  static constexpr int kCluster = kPingpong ? 2 : 1;  // blocks that bring channels for each other
+  static constexpr int kCluster = kPingpong ? 2 : 1;            // blocks that bring what both need
   static constexpr int kPerTile = kPingpong ? 1 : kWarpgroups;  // warpgroups that share a tile
   static constexpr int kBlocks = kPingpong ? 2 : 1;             // of 64 channels, of a warpgroup
   static constexpr int kBlockStride = 64 * kPerTile;
   static constexpr int kTileM = kTokens, kTileN = kBlockStride * kBlocks;
-  // What a stage holds of K, in boxes of a swizzle's width. Few tokens multiply so fast that the
-  // barriers of a stage are felt: two boxes share them. With more, many stages are worth more.
-  static constexpr int kBoxK = 128, kBoxes = kTokens <= 32 ? 2 : 1, kTileK = kBoxes * kBoxK;
+  // What a stage holds of K, in boxes of a swizzle's width. Small tiles multiply so fast that the
+  // barriers of a stage are felt: two boxes share them. With larger ones, many stages are worth
+  // more.
+  static constexpr int kBoxK = 128, kBoxes = kTokens <= 32 || kWarpgroups == 1 ? 2 : 1;
+  static constexpr int kTileK = kBoxes * kBoxK;
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   // Two blocks a multiprocessor where the accumulators are few: the next kernel's can settle in
@@ -76,20 +79,12 @@ struct SwappedTraits {
   static constexpr int kChunk = kTokens < 32 ? kTokens : kTokens % 32 == 0 ? 32 : 16;
   static constexpr int kPad = 4;
   // What is written of a plain output at a time, in turns that alternate between two buffers.
-  static constexpr int kLines = kTokens < 64 ? kTokens : 64;
+  static constexpr int kLines = kTokens < 64 ? kTokens : kTokens > 128 ? 32 : 64;
   static constexpr int kTurns = kBlocks * ((kTokens + kLines - 1) / kLines);
   static constexpr int kLineBuffers = kTurns > 1 ? 2 : 1;
 
-  using SmemAtom = cute::SM90::GMMA::Layout_K_SW128_Atom<int8_t>;
-  using SmemA =
-      decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kTileM>, cute::Int<kBoxK>>{}));
-  using SmemB =
-      decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kBoxK>>{}));
-  using Mma = decltype(cute::make_tiled_mma(
-      cute::SM90::GMMA::ss_op_selector<
-          int8_t, int8_t, int32_t,
-          cute::Shape<cute::Int<kTileN>, cute::Int<kTileM>, cute::Int<kBoxK>>>(),
-      cute::Layout<cute::Shape<cute::Int<kPerTile>, cute::_1, cute::_1>>{}));
+  // The sums of a warpgroup: for every 64 channels, WGMMA's kTokens / 2 registers a thread.
+  using Sums = uint32_t[kBlocks][kTokens / 2];
 
   // What lies behind the stages. Lines of 16-bit output take the place of the sums.
   struct Shared {
@@ -130,8 +125,8 @@ struct RingPosition {
   }
 };
 
-// A block's tiles, one after the other. Tiles that run at the same time share their operands in L2:
-// they come from 16 columns of tiles.
+// A block's tiles, one after the other. Tiles that run at the same time share operands in L2: they
+// come from a few columns of tiles.
 template <class Traits>
 struct SwappedTiles {
   const SwappedParams& p;
@@ -147,18 +142,21 @@ struct SwappedTiles {
   __device__ void next() { index += gridDim.x / blocks(); }
   // The first token and channel that it writes.
   __device__ int2 origin() const {
-    constexpr int kGroup = 16 / Traits::kCluster;
-    const int per_group = kGroup * p.tiles_m;
-    const int first = index / per_group * kGroup;
-    const int group = min(kGroup, p.tiles_n - first);
+    const int per_group = p.group * p.tiles_m;
+    const int first = index / per_group * p.group;
+    const int group = min(p.group, p.tiles_n - first);
     const int in_group = index % per_group;
-    const int row = in_group / group * Traits::kCluster + (Traits::kCluster > 1 ? rank : 0);
-    return {row * Traits::kTileM, (first + in_group % group) * p.width};
+    int row = in_group / group, column = first + in_group % group;
+    if (Traits::kCluster > 1) {
+      row = p.cluster_n ? row : row * Traits::kCluster + rank;
+      column = p.cluster_n ? column * Traits::kCluster + rank : column;
+    }
+    return {row * Traits::kTileM, column * p.width};
   }
   // The first token and channel that are loaded for it; the latter stays a multiple of 8.
   __device__ int2 box(int2 origin) const {
     const int last_n = p.output.N % 8 == 0 ? max(p.output.N - p.box_n, 0) : origin.y;
-    return {min(origin.x, p.output.M - p.box_m), min(origin.y, last_n)};
+    return {min(origin.x, max(p.output.M - p.box_m, 0)), min(origin.y, last_n)};
   }
   __device__ int first_k() const { return p.split_k == 1 ? 0 : rank * p.k_tiles / p.split_k; }
   __device__ int last_k() const {
@@ -168,10 +166,9 @@ struct SwappedTiles {
 
 // One thread of the first producer warp brings the channels, one of the second the tokens. The loop
 // is kept to a few instructions: its latency bounds how fast stages can follow each other.
-template <class Traits, bool kBringsB>
+template <class Traits, bool kBringsB, bool kShares>
 __device__ inline void swapped_produce(const SwappedParams& p, typename Traits::Shared& shared,
                                        const int8_t* stages) {
-  constexpr bool kShares = kBringsB && Traits::kCluster > 1;
   const CUtensorMap* map = kBringsB ? &p.b : &p.a;
   const uint32_t bytes = (kBringsB ? p.box_n : p.box_m) * Traits::kTileK;
   const uint32_t stride = (kBringsB ? p.width : Traits::kTileM) * Traits::kBoxK;
@@ -179,7 +176,7 @@ __device__ inline void swapped_produce(const SwappedParams& p, typename Traits::
   RingPosition at{p.stages};
   at.phase = 1;  // a fresh ring is empty
   SwappedTiles<Traits> tiles(p);
-  const int part = kShares ? tiles.rank * (p.box_n / Traits::kCluster) : 0;
+  const int part = kShares ? tiles.rank * ((kBringsB ? p.box_n : p.box_m) / Traits::kCluster) : 0;
   const uint32_t target = cute::cast_smem_ptr_to_uint(stages) + part * Traits::kBoxK;
   for (; tiles.has_tile(); tiles.next()) {
     const int2 box = tiles.box(tiles.origin());
@@ -215,20 +212,16 @@ __device__ inline void swapped_produce(const SwappedParams& p, typename Traits::
 }
 
 // One tile's sums, accumulated over the ring. Calls all_issued() once the tensor cores have it all.
-template <class Traits, class Accumulators, class AllIssued>
+template <class Traits, class AllIssued>
 __device__ inline void swapped_accumulate(const SwappedParams& p, typename Traits::Shared& shared,
                                           const int8_t* stages_b, const int8_t* stages_a,
                                           int k_tiles, RingPosition& at, int thread,
-                                          Accumulators& acc, const AllIssued& all_issued) {
-  using namespace cute;
-  auto sA = make_tensor(make_smem_ptr(stages_a), typename Traits::SmemA{});  // (tokens, K)
-  auto sB = make_tensor(make_smem_ptr(stages_b), typename Traits::SmemB{});  // (channels, K)
-  typename Traits::Mma mma;
-  auto slice = mma.get_slice(thread);
-  // Descriptors of the first stage; the operands are swapped.
-  auto rB = slice.make_fragment_A(slice.partition_A(sB));
-  auto rA = slice.make_fragment_B(slice.partition_B(sA));
-  mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
+                                          typename Traits::Sums& sums,
+                                          const AllIssued& all_issued) {
+  using Wgmma = Int8Wgmma<Traits::kTileM>;
+  // Of the first stage; a warpgroup that shares its tile has the second 64 channels of it.
+  const uint32_t first_b = wgmma_address(stages_b) + wgmma_offset(thread / 128 * 64);
+  const uint32_t first_a = wgmma_address(stages_a);
 
   const auto release = [&](int stage) {
     if constexpr (Traits::kCluster > 1) {
@@ -238,46 +231,50 @@ __device__ inline void swapped_accumulate(const SwappedParams& p, typename Trait
     }
   };
   int previous = 0;
+  bool accumulate = false;
+#pragma unroll 1
   for (int k = 0; k < k_tiles; ++k) {
     // The same in every lane, which the compiler cannot tell: descriptors in uniform registers
     // spare it some 16 moves between the products.
     const int stage = __shfl_sync(0xffffffffu, at.stage, 0);
     shared.full[at.stage].wait(at.phase);
-    warpgroup_fence_operand(acc);
-    warpgroup_arrive();
+    wgmma_fence(sums);
+    cute::warpgroup_arrive();
 #pragma unroll
     for (int i = 0; i < Traits::kBoxes; ++i) {
-      // A descriptor counts in units of 16 bytes.
       const int box = stage * Traits::kBoxes + i;
-      auto box_b = make_tensor(rB.data() + box * (p.width * Traits::kBoxK / 16), rB.layout());
-      auto box_a =
-          make_tensor(rA.data() + box * (Traits::kTileM * Traits::kBoxK / 16), rA.layout());
+      const uint32_t b = first_b + wgmma_offset(box * p.width);
+      const uint32_t a = first_a + wgmma_offset(box * Traits::kTileM);
 #pragma unroll
-      for (int j = 0; j < size<2>(rA); ++j) {
-        gemm(mma, box_b(_, _, j), box_a(_, _, j), acc);
-        mma.accumulate_ = SM90::GMMA::ScaleOut::One;
+      for (int j = 0; j < Traits::kBoxK / kWgmmaK; ++j) {
+#pragma unroll
+        for (int block = 0; block < Traits::kBlocks; ++block) {
+          wgmma<Wgmma>(b + wgmma_offset(block * Traits::kBlockStride) + j * kWgmmaStepK,
+                       a + j * kWgmmaStepK, sums[block], accumulate);
+        }
+        accumulate = true;
       }
     }
-    warpgroup_commit_batch();
+    cute::warpgroup_commit_batch();
     if (k > 0) {
-      warpgroup_wait<1>();
+      cute::warpgroup_wait<1>();
       release(previous);
     }
     previous = at.stage;
     at.next();
   }
   all_issued();
-  warpgroup_wait<0>();
-  warpgroup_fence_operand(acc);
+  cute::warpgroup_wait<0>();
+  wgmma_fence(sums);
   release(previous);
 }
 
 // One tile of a split-K cluster: its sums go to shared memory, from where the blocks add them up.
-template <class Traits, class Accumulators>
+template <class Traits>
 __device__ inline void swapped_split_tile(const SwappedParams& p, const SwappedTiles<Traits>& tiles,
                                           int8_t* stages_b, int8_t* stages_a,
                                           typename Traits::Shared& shared, RingPosition& at,
-                                          Accumulators& acc) {
+                                          typename Traits::Sums& acc) {
   const int thread = threadIdx.x, lane128 = thread % 128;
   const int2 origin = tiles.origin();
   const int2 box = tiles.box(origin);
@@ -290,8 +287,8 @@ __device__ inline void swapped_split_tile(const SwappedParams& p, const SwappedT
   auto& sums = *reinterpret_cast<typename Traits::SplitSums*>(stages_b);
   cutlass::arch::NamedBarrier::sync(Traits::kConsumers, 1);  // nobody reads the stages now
   const int rows = p.output.M - box.x;
-  for_each_sum<0, Traits::kTileM>(lane128, [&](int i, int channel, int token) {
-    if (token < rows) sums[token][thread / 128 * 64 + channel] = acc(i);
+  for_each_sum<Traits::kTileM>(lane128, [&](int i, int channel, int token) {
+    if (token < rows) sums[token][thread / 128 * 64 + channel] = acc[0][i];
   });
   cute::cluster_sync();
   swapped_reduce<Traits>(p.output, sums, box, origin, n_end, tiles.rank, p.split_k, thread,
@@ -306,8 +303,7 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
   using cutlass::arch::NamedBarrier;
   constexpr int kRows = (Traits::kTileM + 127) / 128;
   const int thread = threadIdx.x, warpgroup = thread / 128, lane128 = thread % 128;
-  auto acc = cute::partition_fragment_C(
-      typename Traits::Mma{}, cute::Shape<cute::Int<Traits::kTileN>, cute::Int<Traits::kTileM>>{});
+  typename Traits::Sums acc;
   RingPosition at{p.stages};
   // Ping-pong: a warpgroup begins when the other has issued its last product, as the ring's parity
   // tells apart no more than one turn. Barrier 3 + i says so to warpgroup i.
@@ -404,10 +400,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kIsNarrow ? 2 : 1)
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - Traits::kConsumers / 32;
     if (warp < 2 && cute::elect_one_sync()) {
+      constexpr bool kShares = Traits::kCluster > 1;
+      const bool shares = kShares && (warp == 0) != p.cluster_n;
       if (warp == 0) {
-        swapped_produce<Traits, true>(p, shared, stages_b);
+        shares ? swapped_produce<Traits, true, kShares>(p, shared, stages_b)
+               : swapped_produce<Traits, true, false>(p, shared, stages_b);
       } else {
-        swapped_produce<Traits, false>(p, shared, stages_a);
+        shares ? swapped_produce<Traits, false, kShares>(p, shared, stages_a)
+               : swapped_produce<Traits, false, false>(p, shared, stages_a);
       }
     }
     __syncwarp();
@@ -440,13 +440,19 @@ struct Sm90SwappedGemm {
     const GemmConfig& c = *launch.config;
     const int width = c.width > 0 ? c.width : Traits::kTileN;
     SwappedParams params;
-    params.box_m = static_cast<int>(std::min<int64_t>(kTokens, p.M));
     // A box that two blocks bring has a fixed size.
-    params.box_n = static_cast<int>(kCluster > 1 ? width : std::min<int64_t>(width, p.N));
-    params.a = cached_operand_map({launch.a, p.M, p.K, launch.ld_a, params.box_m});
-    params.b = cached_operand_map({launch.b, p.N, p.K, launch.ld_b, params.box_n / kCluster});
-    params.tiles_m = static_cast<int>(ceil_div(p.M, kTokens * kCluster));
-    params.tiles_n = static_cast<int>(ceil_div(p.N, width));
+    const int cluster_n = c.cluster_n ? kCluster : 1, cluster_m = kCluster / cluster_n;
+    params.cluster_n = c.cluster_n;
+    params.box_m = static_cast<int>(cluster_n > 1 ? kTokens : std::min<int64_t>(kTokens, p.M));
+    params.box_n = static_cast<int>(cluster_m > 1 ? width : std::min<int64_t>(width, p.N));
+    params.a = cached_operand_map({launch.a, p.M, p.K, launch.ld_a, params.box_m / cluster_n});
+    params.b = cached_operand_map({launch.b, p.N, p.K, launch.ld_b, params.box_n / cluster_m});
+    params.tiles_m = static_cast<int>(ceil_div(p.M, kTokens * cluster_m));
+    params.tiles_n = static_cast<int>(ceil_div(p.N, width * cluster_n));
+    // Neighbouring multiprocessors get channels fastest that both need. Many rows of tiles would
+    // leave too little of the tokens in L2, and clusters along M are such neighbours already.
+    const bool is_row_fastest = params.tiles_m <= 16 && cluster_m == 1;
+    params.group = is_row_fastest ? 1 : 16 / kCluster;
     params.width = width;
     params.k_tiles = static_cast<int>(ceil_div(p.K, Traits::kTileK));
     params.stages = Traits::stages(width, c.blocks_per_sm);

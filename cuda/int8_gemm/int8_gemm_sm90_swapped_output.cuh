@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cutlass/arch/barrier.h>
-#include <cute/tensor.hpp>
 
 #include "epilogue/output.cuh"
 
@@ -21,12 +20,12 @@ struct SwappedPart {
   __device__ void sync() const { cutlass::arch::NamedBarrier::sync(128, barrier); }
 };
 
-// Calls visit(i, channel, token) for this thread's accumulators i of tokens
-// [kFirst, kFirst + kCount) in a block of 64 channels.
-template <int kFirst, int kCount, class Visit>
+// Calls visit(i, channel, token) for this thread's accumulators i of kTokens tokens in a block of
+// 64 channels.
+template <int kTokens, class Visit>
 __device__ inline void for_each_sum(int lane128, const Visit& visit) {
 #pragma unroll
-  for (int j = kFirst / 8; j < (kFirst + kCount) / 8; ++j) {
+  for (int j = 0; j < kTokens / 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int channel = lane128 / 32 * 16 + lane128 % 32 / 4 + i / 2 * 8;
@@ -37,11 +36,11 @@ __device__ inline void for_each_sum(int lane128, const Visit& visit) {
 
 // Any output: 64 channels and a chunk of tokens at a time, the int32 sums go through shared memory,
 // which turns the fragments into rows of out.
-template <class Traits, class Accumulators>
+template <class Traits>
 __device__ inline void swapped_write(const OutputParams& p,
                                      typename Traits::Shared::Staging& staging,
                                      const OutputRow* rows, const SwappedPart& part,
-                                     const Accumulators& acc) {
+                                     const typename Traits::Sums& acc) {
   constexpr int kChunk = Traits::kChunk;
   constexpr int kChunks = Traits::kTileM / kChunk;
   static_assert(Traits::kTileM % kChunk == 0);
@@ -56,13 +55,13 @@ __device__ inline void swapped_write(const OutputParams& p,
     if (first == 0 && n < part.n_end) load_columns(p, n, columns);
     if (count <= 0) continue;  // the same for the whole warpgroup
     part.sync();               // the chunk before has been read
-    cute::for_each(cute::make_seq<Traits::kBlocks * kChunks>{}, [&](auto t) {
-      constexpr int kFirst = t % kChunks * kChunk;
-      if (turn != t) return;
-      for_each_sum<kFirst, kChunk>(part.lane128, [&](int i, int channel, int token) {
-        sums[token - kFirst][channel] = acc(t / kChunks * (Traits::kTileM / 2) + i);
+#pragma unroll
+    for (int t = 0; t < Traits::kBlocks * kChunks; ++t) {  // registers have fixed indices
+      if (turn != t) continue;
+      for_each_sum<kChunk>(part.lane128, [&](int i, int channel, int token) {
+        sums[token][channel] = acc[t / kChunks][t % kChunks * (kChunk / 2) + i];
       });
-    });
+    }
     part.sync();
     if (n < part.n_begin || n >= part.n_end) continue;
 #pragma unroll 1
@@ -126,12 +125,12 @@ __device__ inline void store_16_bytes(void* out, const uint4& words) {
 
 // A plain output of 16-bit floats: scaled in registers, turned by stmatrix, 64 channels and up to
 // 64 tokens at a time.
-template <class Traits, DType kDType, class Accumulators>
+template <class Traits, DType kDType>
 __device__ inline void swapped_write_plain(const OutputParams& p,
                                            typename Traits::Shared::Staging& staging,
                                            const float* scales, const SwappedPart& part,
                                            const SwappedPlainColumns<Traits>& columns,
-                                           const Accumulators& acc) {
+                                           const typename Traits::Sums& acc) {
   constexpr int kLines = Traits::kLines, kStores = (kLines + 15) / 16;
   const int lane = part.lane128 % 32, warp = part.lane128 / 32;
   // A line is 64 channels of a token; its eight 16-byte pieces are permuted by the token.
@@ -149,11 +148,11 @@ __device__ inline void swapped_write_plain(const OutputParams& p,
       for (int i = 0; i < (Traits::kTileM == 8 ? 2 : 4); ++i) {
         // Matrix i: channels + 8 (i % 2), tokens + 8 (i / 2).
         const int token = first + t + i / 2 * 8 + lane % 4 * 2;
-        const int at = block * (Traits::kTileM / 2) + (first + t) / 2 + i / 2 * 4 + i % 2 * 2;
+        const int at = (first + t) / 2 + i / 2 * 4 + i % 2 * 2;
         float y[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          y[j] = scale_sum(acc(at + j), scales[token + j], columns.scale_b[block][i % 2],
+          y[j] = scale_sum(acc[block][at + j], scales[token + j], columns.scale_b[block][i % 2],
                            columns.bias[block][i % 2]);
         }
         words[i] = narrow_pair(y[0], y[1], kDType);

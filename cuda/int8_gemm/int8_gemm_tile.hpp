@@ -44,9 +44,10 @@ struct TileConfig {
 struct GemmConfig {
   KernelFamily family = KernelFamily::kSm80;
   TileConfig tile{};
-  int width = 0;          // columns of out of a tile, a multiple of 8; 0: tile_n
-  int split_k = 1;        // blocks that share an output tile, each with a part of K
-  int blocks_per_sm = 1;  // of the persistent grid, 1 or 2
+  int width = 0;           // columns of out of a tile, a multiple of 8; 0: tile_n
+  int split_k = 1;         // blocks that share an output tile, each with a part of K
+  int blocks_per_sm = 1;   // of the persistent grid, 1 or 2
+  bool cluster_n = false;  // kSwappedPingpong: pairs of blocks are neighbours along N, not M
 };
 
 // "sm90/16x64x128_swapped_width32_blocks2": what FASTQ_KERNELS, the logs and the benchmarks call
@@ -58,6 +59,7 @@ inline std::string config_name(const GemmConfig& c) {
   if (c.width > 0) name += "_width" + std::to_string(c.width);
   if (c.split_k > 1) name += "_split" + std::to_string(c.split_k);
   if (c.blocks_per_sm > 1) name += "_blocks" + std::to_string(c.blocks_per_sm);
+  if (c.cluster_n) name += "_cluster_n";
   return name;
 }
 
@@ -79,6 +81,7 @@ inline bool parse_config(const std::string& name, GemmConfig& c) {
   option("_width", c.width);
   option("_split", c.split_k);
   option("_blocks", c.blocks_per_sm);
+  c.cluster_n = name.find("_cluster_n") != std::string::npos;
   return config_name(c) == name;
 }
 

@@ -171,12 +171,14 @@ std::vector<GemmConfig> candidate_configs(const GemmShape& s, const GemmDevice& 
     if (tile.schedule != Schedule::kSwapped) {
       if (2 * s.M <= tile.tile_m) continue;
       add({KernelFamily::kSm90, tile});
-      const int width = pingpong_width(tile.tile_m, s, device);
-      if (tile.schedule == Schedule::kSwappedPingpong && width < 128) {
-        add({KernelFamily::kSm90, tile, width});
-      }
+      if (tile.schedule != Schedule::kSwappedPingpong) continue;
+      const auto width = static_cast<int>(pingpong_width(tile.tile_m, s, device));
+      add({KernelFamily::kSm90, tile, width < tile.tile_n ? width : 0});
+      add({KernelFamily::kSm90, tile, 0, 1, 1, true});
     } else if (suits(tile, s.M)) {
       add_swapped(tile, s, device, add);
+    } else if (tile.tile_m >= 64 && tile.tile_m < s.M) {
+      add({KernelFamily::kSm90, tile});
     }
   }
   return found;

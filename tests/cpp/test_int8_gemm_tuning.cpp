@@ -63,7 +63,7 @@ struct TemporaryFile {
 };
 
 constexpr const char* kSwapped16 = "sm90/16x64x256_swapped_width32_blocks2";
-constexpr const char* kSwapped64 = "sm90/64x64x128_swapped_width40";
+constexpr const char* kSwapped64 = "sm90/64x64x256_swapped_width40";
 const std::string kTable = std::string("# a comment\n\n") +                         //
                            "9.0 132 1 4096 4096 heuristic\n" +                      //
                            "9.0 132 16 4096 4096 " + kSwapped16 + "  # 6.8 us\n" +  //

@@ -112,34 +112,41 @@ void tiles_fit_the_problem() {
       EXPECT(c.tile.tile_m <= 2 * std::max<int64_t>(M, 8), config_name(c));
     }
   }
-  // Every multiprocessor has its share of the weight.
-  for (const int64_t N : {4096, 5120, 8192, 11008, 12288, 14336, 16384, 22016, 28672}) {
+  // Every multiprocessor has its share of a large weight.
+  for (const int64_t N : {8192, 11008, 12288, 14336, 16384, 22016, 28672}) {
     const GemmConfig c = config(16, N, 4096, kH200);
     const int64_t width = c.width > 0 ? c.width : c.tile.tile_n;
     const int64_t tiles = ceil_div(N, width) * c.split_k;
     const int64_t turns = ceil_div(tiles, kH200.sm_count);
     EXPECT(turns * kH200.sm_count * width <= N * c.split_k * 5 / 4, config_name(c));
   }
+  // A small one leaves some for the next kernel, a very small one has K shared as well.
+  for (const int64_t N : {256, 512, 1024, 2048, 4096}) {
+    const GemmConfig c = config(16, N, 4096, kH200);
+    const int64_t blocks = ceil_div(N, c.width > 0 ? c.width : c.tile.tile_n) * c.split_k;
+    EXPECT(blocks <= kH200.sm_count / 2 && 2 * blocks >= N / 64, config_name(c));
+    EXPECT((c.split_k > 1) == (N <= 1024), config_name(c));
+  }
   for (const int64_t size : {int64_t{4096}, int64_t{8192}}) {
     const TileConfig tile = config(size, size, size, kH200).tile;
     EXPECT(tile.tile_m * tile.tile_n >= 128 * 128, std::to_string(size));
   }
   // Up to 128 tokens are one tile, where its channels give work to all.
-  for (const auto& [M, tokens] : {std::pair{65, 80}, {80, 80}, {81, 128}, {128, 128}}) {
+  for (const auto& [M, tokens] : {std::pair{65, 80}, {80, 80}, {81, 96}, {113, 128}, {128, 128}}) {
     const GemmConfig c = config(M, 11008, 4096, kH200);
     EXPECT(c.tile == tiles::swapped(tokens, 128) && c.width == 88, config_name(c));
   }
   // A constant weight has the largest ring to be read ahead into.
-  for (const int64_t N : {4096, 8192, 11008, 22016}) {
+  for (const int64_t N : {1024, 4096, 6144, 8192, 11008, 22016}) {
     GemmShape s = shape(16, N, 4096);
     s.b_is_constant = true;
     EXPECT(select_config(s, kH200, false).config.blocks_per_sm == 1, std::to_string(N));
   }
-  EXPECT(config(16, 4096, 4096, kH200).blocks_per_sm == 2, "another kernel settles in beside it");
+  EXPECT(config(16, 6144, 4096, kH200).blocks_per_sm == 2, "another kernel settles in beside it");
   // The height of tiles follows M, so that a token more costs no whole wave of the largest; and an
   // output that TMA cannot store needs no other tile than its neighbour.
   for (const auto& [M, tokens] :
-       {std::pair{130, 64}, {257, 80}, {384, 96}, {385, 128}, {500, 128}}) {
+       {std::pair{130, 64}, {257, 80}, {384, 96}, {385, 112}, {500, 128}}) {
     GemmShape s = shape(M, 4096, 4096);
     const TileConfig tile = select_config(s, kH200, false).config.tile;
     EXPECT(tile.tile_m == tokens, std::to_string(M));
@@ -150,9 +157,14 @@ void tiles_fit_the_problem() {
   EXPECT(config(512, 4096, 4096, kH200).tile == tiles::swapped(128, 128), "a single wave");
   EXPECT(config(4096, 4096, 4096, kH200).tile == tiles::kSm90Large, "many");
   // Narrower tiles where those of 128 channels leave much of the last wave idle.
-  const GemmConfig narrow = config(160, 11008, 4096, kH200);
-  EXPECT(narrow.tile == tiles::swapped_pingpong(80) && narrow.width == 96, config_name(narrow));
+  const GemmConfig narrow = config(192, 22016, 4096, kH200);
+  EXPECT(narrow.tile == tiles::swapped_pingpong(96) && narrow.width == 112, config_name(narrow));
+  const GemmConfig single = config(160, 11008, 4096, kH200);
+  EXPECT(single.tile == tiles::swapped(160, 128) && single.width == 88, config_name(single));
   EXPECT(config(1024, 11008, 4096, kH200).width == 0, "the products are the limit");
+  // An odd number of rows of tiles has its pairs along N, where one more would cost a wave.
+  const GemmConfig odd = config(260, 11008, 4096, kH200);
+  EXPECT(odd.tile == tiles::swapped_pingpong(96) && odd.cluster_n, config_name(odd));
   // On the sm_80 side small tiles where large ones leave SMs without work.
   EXPECT(config(128, 128, 64, kA100).tile == tiles::kSm80Small, "one tile");
   EXPECT(config(8192, 8192, 64, kA100).tile == tiles::kSm80Large, "many");
@@ -169,7 +181,8 @@ void names_are_parsed() {
   EXPECT(parse_config("sm90/16x64x256_swapped_width32_blocks2", c), "a whole name");
   EXPECT(c.tile == tiles::swapped(16, 64) && c.width == 32 && c.blocks_per_sm == 2, "its fields");
   for (const char* name : {"", "sm80", "sm90/", "sm70/64x64x128", "sm90/16x64x256_swapped_width",
-                           "sm90/16x64x256_swapped_blocks2_width32", "sm90/16x64x256_swapped2"}) {
+                           "sm90/16x64x256_swapped_blocks2_width32", "sm90/16x64x256_swapped2",
+                           "sm90/96x128x128_swapped_pingpong_cluster"}) {
     EXPECT(!parse_config(name, c), name);
   }
 }
@@ -187,7 +200,9 @@ void bad_configurations_are_refused() {
   refused("sm90/16x64x256_swapped_split9", s);
   refused("sm90/16x64x256_swapped_split5", s);
   refused("sm90/64x128x128_swapped_blocks2", s);
-  refused("sm90/96x128x128_swapped", s);
+  refused("sm90/48x128x128_swapped", s);
+  refused("sm90/64x64x256_swapped_cluster_n", s);
+  refused("sm90/128x128x128_pingpong_cluster_n", s);
   refused("sm90/96x128x128_swapped_pingpong_width64", s);
   refused("sm90/96x128x128_swapped_pingpong_width88", s);
   refused("sm90/96x128x128_swapped_pingpong_split2", s);
@@ -202,7 +217,7 @@ void bad_configurations_are_refused() {
 
 // Not every Hopper has 132 SMs: the share of a weight that one of them takes follows their number.
 void choice_follows_the_number_of_sms() {
-  for (const int64_t N : {4096, 8192, 11008}) {
+  for (const int64_t N : {6144, 8192, 11008}) {
     const GemmShape s = shape(16, N, 4096);
     const GemmConfig large = select_config(s, kH200, false).config;
     const GemmConfig small = select_config(s, kSmallHopper, false).config;

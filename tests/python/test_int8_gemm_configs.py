@@ -26,7 +26,7 @@ def configurations() -> list[str]:
         if name.startswith("sm80/"):
             found += [f"{name}_split2", f"{name}_split5"]
         if name.endswith("_swapped_pingpong"):
-            found.append(f"{name}_width80")
+            found += [f"{name}_width80", f"{name}_cluster_n", f"{name}_width80_cluster_n"]
         if name.endswith("_swapped"):
             tile_m, tile_n = (int(x) for x in name.split("/")[1].split("x")[:2])
             found += [f"{name}_width{tile_n - 24}", f"{name}_split2", f"{name}_width40_split5"]
