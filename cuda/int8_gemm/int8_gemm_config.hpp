@@ -182,11 +182,13 @@ inline GemmConfig select_few_tokens_config(const GemmShape& s, const GemmDevice&
 }
 
 // The time of a tile's waves for K = 4096, in microseconds on an H200: a line through what was
-// measured for N from 1024 to 22016 and M from 129 to 1024.
+// measured for N from 1024 to 22016 and M from 129 to 1024. Writing a tile is in it, which does not
+// grow with K: where nothing runs under it, it takes kWriting for a token.
 struct WaveTime {
   int tokens;
   double first, each;
 };
+inline constexpr double kWriting = 0.0085;
 // Ping-pong tiles whose neighbours along M share channels, or along N tokens; and those that two
 // warpgroups share, which end sooner, but not under the next one's main loop.
 inline constexpr WaveTime kPairsM[] = {
@@ -222,18 +224,20 @@ inline GemmConfig select_many_tokens_config(const GemmShape& s, const GemmDevice
   const auto waves = [&](int64_t rows, int64_t columns) {
     return ceil_div(rows * columns, device.sm_count);
   };
-  const auto time = [&](const WaveTime& t, int64_t rows, int64_t columns, int channels) {
+  const auto time = [&](const WaveTime& t, int64_t rows, int64_t columns, int channels = 128,
+                        double writing = 0) {
     // A wave with few rows of tiles may have to wait for its part of the weight, at 4.2 TB/s.
     const int64_t loaded = std::min<int64_t>(columns, device.sm_count / rows) * channels;
     const double full = std::max(t.each, 4096 / 4.2e6 * static_cast<double>(loaded));
-    const auto full_waves = static_cast<double>(waves(rows, columns) - 1);
-    return t.first + (full_waves * full + t.each) * static_cast<double>(s.K) / 4096;
+    const auto count = static_cast<double>(waves(rows, columns));
+    const double k = static_cast<double>(s.K) / 4096;
+    return k * (t.first + (count - 1) * full + t.each) - (k - 1) * count * t.tokens * writing;
   };
   const int64_t columns = ceil_div(s.N, 128);
 
   for (const WaveTime& t : kPairsM) {
     const int64_t rows = round_up(ceil_div(s.M, t.tokens), 2);
-    const double whole = time(t, rows, columns, 128);
+    const double whole = time(t, rows, columns);
     // CUTLASS's kernel is a little faster where its boxes hardly leave the matrix at the edge.
     const bool fits = rows >= 16 || rows * t.tokens - s.M <= s.M / 64;
     if (s.out_is_tma_storable && fits && (t.tokens == 64 || t.tokens == 128)) {
@@ -252,15 +256,16 @@ inline GemmConfig select_many_tokens_config(const GemmShape& s, const GemmDevice
              tiles::swapped_pingpong(t.tokens), narrow && saved > 0 ? width : 128);
   }
   for (const WaveTime& t : kPairsN) {
-    consider(time(t, ceil_div(s.M, t.tokens), round_up(columns, 2), 128),
+    consider(time(t, ceil_div(s.M, t.tokens), round_up(columns, 2)),
              tiles::swapped_pingpong(t.tokens), 128, true);
   }
-  consider(time(kNarrow, ceil_div(s.M, 64), ceil_div(s.N, 64), 64), tiles::swapped(64, 64));
+  consider(time(kNarrow, ceil_div(s.M, 64), ceil_div(s.N, 64), 64, kWriting),
+           tiles::swapped(64, 64));
   for (const WaveTime& t : kShared) {
     const int64_t rows = ceil_div(s.M, t.tokens), count = waves(rows, columns);
     // In a single wave, for all to have the same share.
     const int64_t width = count > 1 ? 128 : round_up(ceil_div(s.N, device.sm_count / rows), 8);
-    consider(time(t, rows, columns, 128), tiles::swapped(t.tokens, 128),
+    consider(time(t, rows, columns, 128, kWriting), tiles::swapped(t.tokens, 128),
              std::max<int64_t>(width, 72));
   }
   return best;

@@ -19,7 +19,7 @@ from fastq import _core, cli, tuning
 from fastq.tuning import Device, Result, Shape
 
 H200 = Device(torch.device("cuda", 0), "NVIDIA H200", "9.0", 132, 60 << 20)
-SLOW, FAST = "sm90/64x64x128_swapped", "sm90/16x64x256_swapped_width32"
+SLOW, FAST = "sm90/64x64x256_swapped", "sm90/16x64x256_swapped_width32"
 
 
 def result(M: int, N: int = 4096, K: int = 4096, *, gain: float) -> Result:
