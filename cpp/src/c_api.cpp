@@ -8,6 +8,7 @@
 #include "cpu/thread_pool.hpp"
 #include "fastq/fastq.h"
 #include "ops/dequantize.hpp"
+#include "ops/flash_attention.hpp"
 #include "ops/int8_gemm.hpp"
 #include "ops/quantize.hpp"
 
@@ -146,6 +147,18 @@ fastq_status fastq_quantize_per_channel(const fastq_quantize_args* args) {
 
 fastq_status fastq_dequantize(const fastq_dequantize_args* args) {
   return guarded([&] { fastq::dequantize(required(args, "dequantize: args")); });
+}
+
+fastq_status fastq_flash_attention_workspace_size(const fastq_flash_attention_args* args,
+                                                  size_t* bytes) {
+  return guarded([&] {
+    required(bytes, "flash_attention: bytes");
+    *bytes = fastq::flash_attention_workspace_size(required(args, "flash_attention: args"));
+  });
+}
+
+fastq_status fastq_flash_attention(const fastq_flash_attention_args* args) {
+  return guarded([&] { fastq::flash_attention(required(args, "flash_attention: args")); });
 }
 
 }  // extern "C"

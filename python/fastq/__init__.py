@@ -6,6 +6,7 @@ _distributions.warn_of_clash()
 
 from . import nn  # noqa: E402
 from ._core import version as _version  # noqa: E402
+from .attention import flash_attention  # noqa: E402
 from .ops import (  # noqa: E402
     PackedWeight,
     dequantize,
@@ -27,6 +28,7 @@ __all__ = [
     "dequantize",
     "describe",
     "describe_int8_gemm",
+    "flash_attention",
     "get_num_threads",
     "int8_gemm",
     "nn",

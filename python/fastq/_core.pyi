@@ -60,3 +60,20 @@ def pack_weight(b: Tensor) -> Tensor: ...
 def quantize_per_token(x: Tensor, q: Tensor, scale: Tensor, rotation: int) -> None: ...
 def quantize_per_channel(w: Tensor, q: Tensor, scale: Tensor, rotation: int) -> None: ...
 def dequantize(q: Tensor, scale: Tensor, out: Tensor) -> None: ...
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> None: ...

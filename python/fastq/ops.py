@@ -70,7 +70,7 @@ with suppress(AttributeError):
     )
 
 
-def _is_direct(*tensors: Any) -> bool:
+def is_direct(*tensors: Any) -> bool:
     """Whether the kernel may be called directly: plain tensors without grad, in plain eager mode.
 
     The dispatcher costs as much as all the rest of a small call (about 4 us), and does nothing for
@@ -79,7 +79,7 @@ def _is_direct(*tensors: Any) -> bool:
     return not _is_compiling() and _core.is_direct(*tensors)
 
 
-def _check_tensors(op: str, **tensors: Any) -> None:
+def check_tensors(op: str, **tensors: Any) -> None:
     """Every argument is a tensor, and none asks for a gradient that the op would drop."""
     for name, tensor in tensors.items():
         if tensor is None and name in _OPTIONAL_ARGS:
@@ -256,14 +256,14 @@ def int8_gemm(
             if got is not None:
                 return got
         residual, _, zero_point, column_sums, out_scale = options
-        _check_tensors(
+        check_tensors(
             "int8_gemm",
             residual=residual,
             zero_point=zero_point,
             column_sums=column_sums,
             out_scale=out_scale,
         )
-    _check_tensors("int8_gemm", a=a, b=b, sa=sa, sb=sb, bias=bias, out=out)
+    check_tensors("int8_gemm", a=a, b=b, sa=sa, sb=sb, bias=bias, out=out)
     if out is not None:
         int8_gemm_out_op(a, b, sa, sb, bias, packed_shape, b_is_constant, out, *options)
         return out
@@ -288,7 +288,7 @@ def describe_int8_gemm(
     packed_shape = None
     if isinstance(b, PackedWeight):
         b, packed_shape = b.data, b.shape
-    _check_tensors("int8_gemm", a=a, b=b)
+    check_tensors("int8_gemm", a=a, b=b)
     out = torch.empty(gemm_shape(a, b, packed_shape), dtype=out_dtype, device=a.device)
     one = None if out_dtype == torch.int32 else torch.ones((), device=a.device)
     out_scale = one if out_dtype == torch.int8 else None
@@ -301,7 +301,7 @@ def pack_weight(b: Tensor) -> PackedWeight:
     The packed form takes about ``K * N`` bytes and serves every instruction set. On CUDA the plain
     form is the fastest and this raises NotImplementedError.
     """
-    _check_tensors("pack_weight", b=b)
+    check_tensors("pack_weight", b=b)
     data = _core.pack_weight(b)
     return PackedWeight(data, b.shape[0], b.shape[1])
 
@@ -337,12 +337,12 @@ def quantize_per_token(x: Tensor, *, rotation: int = 0) -> tuple[Tensor, Tensor]
     Source: ZeroQuant (Yao et al., 2022), token-wise quantisation; QuaRot (Ashkboos et al., 2024),
     Hadamard rotation, here in blocks.
     """
-    _check_tensors("quantize_per_token", x=x)
+    check_tensors("quantize_per_token", x=x)
     if x.dim() < 1:
         raise ValueError("quantize_per_token: x has shape (), expected (..., K)")
     if rotation != 0:
         _check_rotation_of("quantize_per_token", "x", x, rotation)
-    return (quantize_per_token_kernel if _is_direct(x) else quantize_per_token_op)(x, rotation)
+    return (quantize_per_token_kernel if is_direct(x) else quantize_per_token_op)(x, rotation)
 
 
 def quantize_per_channel(w: Tensor, *, rotation: int = 0) -> tuple[Tensor, Tensor]:
@@ -360,12 +360,12 @@ def quantize_per_channel(w: Tensor, *, rotation: int = 0) -> tuple[Tensor, Tenso
     Raises:
         ValueError, TypeError: as :func:`int8_gemm`.
     """
-    _check_tensors("quantize_per_channel", w=w)
+    check_tensors("quantize_per_channel", w=w)
     if w.dim() != 2:
         raise ValueError(f"quantize_per_channel: w has shape {tuple(w.shape)}, expected (N, K)")
     if rotation != 0:
         _check_rotation_of("quantize_per_channel", "w", w, rotation)
-    return (quantize_per_channel_kernel if _is_direct(w) else quantize_per_channel_op)(w, rotation)
+    return (quantize_per_channel_kernel if is_direct(w) else quantize_per_channel_op)(w, rotation)
 
 
 def dequantize(
@@ -388,8 +388,8 @@ def dequantize(
     """
     if s.__class__ is not Tensor:
         s = _as_scale(s, q)
-    _check_tensors("dequantize", q=q, s=s, out=out)
-    direct = _is_direct(q, s, out)
+    check_tensors("dequantize", q=q, s=s, out=out)
+    direct = is_direct(q, s, out)
     if q.dim() < 1:
         raise ValueError("dequantize: q has shape (), expected (..., K)")
     if out is not None:

@@ -31,6 +31,13 @@ _library.define("quantize_per_token(Tensor x, int rotation=0) -> (Tensor, Tensor
 _library.define("quantize_per_channel(Tensor w, int rotation=0) -> (Tensor, Tensor)")
 _library.define("dequantize(Tensor q, Tensor s, ScalarType out_dtype) -> Tensor")
 _library.define("dequantize.out(Tensor q, Tensor s, Tensor(a!) out) -> ()")
+_ATTENTION = (
+    "Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, SymInt window_left, "
+    "SymInt window_right, float softcap, Tensor? alibi_slopes, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+)
+_library.define(f"flash_attention({_ATTENTION}) -> (Tensor, Tensor)")
+_library.define(f"flash_attention.out({_ATTENTION}, Tensor(a!) out) -> Tensor")
 
 
 def gemm_shape(a: Tensor, b: Tensor, packed_shape: Any) -> tuple[int, ...]:
@@ -116,6 +123,40 @@ def _dequantize_fake(q, s, out_dtype):
     return q.new_empty(q.shape, dtype=out_dtype)
 
 
+def _lse_shape(q):
+    return (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+
+
+def _check_attention(q, cu_seqlens_q):
+    rank = 4 if cu_seqlens_q is None else 3
+    if q.dim() != rank:
+        wanted = "(batch, seqlen, heads, head_dim)" if rank == 4 else "(total, heads, head_dim)"
+        raise ValueError(f"flash_attention: q has shape {tuple(q.shape)}, expected {wanted}")
+
+
+def flash_attention_out_kernel(q, k, v, *rest):
+    *options, out = rest
+    _check_attention(q, options[6])
+    lse = torch.empty(_lse_shape(q), dtype=torch.float32, device=q.device)
+    _core.flash_attention(q, k, v, out, lse, *options)
+    return lse
+
+
+def flash_attention_kernel(q, k, v, *options):
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, flash_attention_out_kernel(q, k, v, *options, out)
+
+
+def _flash_attention_out_fake(q, k, v, *rest):
+    _check_attention(q, rest[6])
+    return q.new_empty(_lse_shape(q), dtype=torch.float32)
+
+
+def _flash_attention_fake(q, k, v, *options):
+    _check_attention(q, options[6])
+    return q.new_empty(q.shape), q.new_empty(_lse_shape(q), dtype=torch.float32)
+
+
 # One registration serves every device: the native library itself tells the devices apart. There
 # are no autograd kernels on purpose: they would cost microseconds a call.
 for _name, _kernel, _fake in (
@@ -125,6 +166,8 @@ for _name, _kernel, _fake in (
     ("quantize_per_channel", quantize_per_channel_kernel, _quantize_per_channel_fake),
     ("dequantize", dequantize_kernel, _dequantize_fake),
     ("dequantize.out", dequantize_out_kernel, lambda *args: None),
+    ("flash_attention", flash_attention_kernel, _flash_attention_fake),
+    ("flash_attention.out", flash_attention_out_kernel, _flash_attention_out_fake),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastq::{_name}", _fake, lib=_library)
@@ -135,3 +178,5 @@ quantize_per_token_op = torch.ops.fastq.quantize_per_token.default
 quantize_per_channel_op = torch.ops.fastq.quantize_per_channel.default
 dequantize_op = torch.ops.fastq.dequantize.default
 dequantize_out_op = torch.ops.fastq.dequantize.out
+flash_attention_op = torch.ops.fastq.flash_attention.default
+flash_attention_out_op = torch.ops.fastq.flash_attention.out

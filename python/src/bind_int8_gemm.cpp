@@ -64,29 +64,10 @@ void fill(Call& call, const Operands& from) {
   call.args.activation = activation_of(from.activation);
 }
 
-// The workspace comes from torch's allocator, in the order of the current stream. The library asks
-// while the GIL is released.
-struct TorchWorkspace {
-  py::handle like;
-  py::object held;
-
-  static void* allocate(void* context, size_t bytes) noexcept {
-    const py::gil_scoped_acquire acquire;
-    auto& self = *static_cast<TorchWorkspace*>(context);
-    try {
-      self.held = fastq_python::allocate(bytes, self.like);
-      return view_of(self.held, "int8_gemm", "workspace").data;
-    } catch (py::error_already_set& error) {
-      error.discard_as_unraisable("fastq.int8_gemm");
-      return nullptr;
-    }
-  }
-};
-
 void run(const Operands& operands) {
   Call call;
   fill(call, operands);
-  TorchWorkspace workspace{operands.a, {}};
+  TorchWorkspace workspace{"int8_gemm", operands.a, {}};
   call.args.allocate = &TorchWorkspace::allocate;
   call.args.allocate_context = &workspace;
   fastq_status status;

@@ -30,4 +30,5 @@ PYBIND11_MODULE(_core, module) {
   fp::bind_int8_gemm(module);
   fp::bind_quantize(module);
   fp::bind_dequantize(module);
+  fp::bind_flash_attention(module);
 }

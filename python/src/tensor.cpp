@@ -235,6 +235,18 @@ bool is_direct(const py::handle* tensors, size_t count) {
   return true;
 }
 
+void* TorchWorkspace::allocate(void* self, size_t bytes) noexcept {
+  const py::gil_scoped_acquire acquire;
+  auto& workspace = *static_cast<TorchWorkspace*>(self);
+  try {
+    workspace.held = fastq_python::allocate(bytes, workspace.like);
+    return view_of(workspace.held, workspace.op, "workspace").data;
+  } catch (py::error_already_set& error) {
+    error.discard_as_unraisable(workspace.op);
+    return nullptr;
+  }
+}
+
 fastq_dtype dtype_of(py::handle torch_dtype) {
   for (int i = FASTQ_FLOAT32; i <= FASTQ_UINT8; ++i) {
     if (torch_dtype.is(torch().dtypes[i])) return static_cast<fastq_dtype>(i);

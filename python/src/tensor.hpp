@@ -25,6 +25,16 @@ py::object allocate(size_t bytes, py::handle like);
 // torch.empty(sizes, dtype=dtype) on the device of `like`.
 py::object allocate(const int64_t* sizes, int rank, fastq_dtype dtype, py::handle like);
 
+// A workspace from torch's allocator, in the order of the current stream, for an op's `allocate`
+// and `allocate_context`. The library asks while the GIL is released.
+struct TorchWorkspace {
+  const char* op;
+  py::handle like;
+  py::object held;
+
+  static void* allocate(void* self, size_t bytes) noexcept;
+};
+
 // The fastq_dtype of a torch.dtype; FASTQ_DTYPE_NONE when there is none.
 fastq_dtype dtype_of(py::handle torch_dtype);
 
@@ -40,5 +50,6 @@ void set_mode_probes(py::object is_grad_enabled, py::tuple probes);
 void bind_int8_gemm(py::module_& module);
 void bind_quantize(py::module_& module);
 void bind_dequantize(py::module_& module);
+void bind_flash_attention(py::module_& module);
 
 }  // namespace fastq_python

@@ -210,3 +210,58 @@ def assert_between(got: torch.Tensor, bounds: tuple[np.ndarray, np.ndarray]) -> 
             f"{int(outside.sum())} of {outside.size} elements are out of bounds, the first at "
             f"{at}: got {found[at]!r}, expected {low[at]!r} to {high[at]!r}"
         )
+
+
+def flash_attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    softmax_scale=None,
+    window=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+):
+    """out and lse in float64: whole rows of scores, one sequence and head after the other."""
+    packed = cu_seqlens_q is not None
+    q64, k64, v64 = (x.detach().cpu().double().numpy() for x in (q, k, v))
+    if packed:
+        cu_q, cu_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        sequences = list(zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True))
+    else:
+        sequences = [(0, q.shape[1], 0, k.shape[1])] * q.shape[0]
+    heads, group = q.shape[-2], q.shape[-2] // max(k.shape[-2], 1)
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    out = np.zeros(q.shape)
+    lse = np.full((heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1]), -np.inf)
+    for b, (begin_q, end_q, begin_k, end_k) in enumerate(sequences):
+        positions = np.arange(end_q - begin_q)[:, None] + (end_k - begin_k) - (end_q - begin_q)
+        keys = np.arange(end_k - begin_k)[None, :]
+        allowed = np.ones((end_q - begin_q, end_k - begin_k), bool)
+        if causal:
+            allowed &= keys <= positions
+        if window[0] >= 0:
+            allowed &= keys >= positions - window[0]
+        if window[1] >= 0:
+            allowed &= keys <= positions + window[1]
+        some = allowed.any(axis=1)
+        for h in range(heads):
+            rows = (slice(begin_q, end_q), h) if packed else (b, slice(None), h)
+            at = (slice(begin_k, end_k), h // group) if packed else (b, slice(None), h // group)
+            s = scale * (q64[rows] @ k64[at].T)
+            if softcap > 0:
+                s = softcap * np.tanh(s / softcap)
+            if alibi_slopes is not None:
+                slopes = alibi_slopes.cpu().double().numpy()
+                s = s - (slopes[h] if slopes.ndim == 1 else slopes[b, h]) * np.abs(positions - keys)
+            s = np.where(allowed, s, -np.inf)
+            top = np.where(some, s.max(axis=1, initial=-np.inf), 0.0)
+            e = np.where(allowed, np.exp(s - top[:, None]), 0.0)
+            total = np.where(some, e.sum(axis=1), 1.0)
+            out[rows] = (e / total[:, None]) @ v64[at]
+            its_lse = np.where(some, top + np.log(total), -np.inf)
+            lse[(h, slice(begin_q, end_q)) if packed else (b, h)] = its_lse
+    return out, lse

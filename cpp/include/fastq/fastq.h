@@ -219,6 +219,54 @@ typedef struct fastq_dequantize_args {
 
 FASTQ_API fastq_status fastq_dequantize(const fastq_dequantize_args* args);
 
+/* ---- flash_attention -------------------------------------------------------------------------
+ * t[i,j]   = softmax_scale * sum_d q[i,d] * k[j,d]
+ * s[i,j]   = t, or softcap * tanh(t / softcap);  minus alibi_slope * |p(i) - j|
+ * lse[i]   = log(sum_j exp(s[i,j]))                    over the keys j that query i attends to
+ * out[i,d] = sum_j exp(s[i,j] - lse[i]) * v[j,d]
+ *
+ * for each sequence of the batch and each head. p(i) = i + seqlen_k - seqlen_q is where query i
+ * stands among the keys: the last query stands at the last key. With causal it attends to j <=
+ * p(i); with has_window, to p(i) - window_left <= j <= p(i) + window_right (a negative size: no
+ * bound on that side). A query that attends to nothing has out = 0 and lse = -inf. Sums and
+ * exponentials are float32. num_heads is a multiple of num_heads_k: query head h reads key head h /
+ * (num_heads / num_heads_k).
+ *
+ * Sequences of one length: q, out (batch, seqlen_q, num_heads, head_dim), k, v (batch, seqlen_k,
+ * num_heads_k, head_dim), lse (batch, num_heads, seqlen_q). Packed, with both cu_seqlens: q, out
+ * (total_q, num_heads, head_dim), k, v (total_k, num_heads_k, head_dim), lse (num_heads, total_q);
+ * sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1], none longer than max_seqlen. Strides are
+ * free but for head_dim's, which is 1. head_dim is at most 256.
+ *
+ * Source: FlashAttention (Dao et al., 2022), FlashAttention-2 (Dao, 2023).
+ */
+typedef struct fastq_flash_attention_args {
+  size_t struct_size;
+  fastq_tensor q, k, v;      /* float32, float16 or bfloat16, all the same */
+  fastq_tensor out;          /* like q */
+  fastq_tensor lse;          /* float32, natural logarithm, or absent */
+  fastq_tensor cu_seqlens_q; /* int32 (batch + 1,), from 0 to at most total_q, never falling */
+  fastq_tensor cu_seqlens_k; /* the same for k and v; both or neither */
+  fastq_tensor alibi_slopes; /* float32 (num_heads,) or (batch, num_heads), or absent */
+  int64_t max_seqlen_q;      /* with cu_seqlens only */
+  int64_t max_seqlen_k;
+  int64_t window_left; /* with has_window only */
+  int64_t window_right;
+  int32_t has_window;
+  int32_t causal;
+  float softmax_scale; /* 0: 1 / sqrt(head_dim) */
+  float softcap;       /* 0: none */
+  void* workspace;     /* as in fastq_int8_gemm_args */
+  size_t workspace_size;
+  fastq_allocate allocate;
+  void* allocate_context;
+  void* stream;
+} fastq_flash_attention_args;
+
+FASTQ_API fastq_status fastq_flash_attention_workspace_size(const fastq_flash_attention_args* args,
+                                                            size_t* bytes);
+FASTQ_API fastq_status fastq_flash_attention(const fastq_flash_attention_args* args);
+
 #ifdef __cplusplus
 }
 #endif

@@ -190,6 +190,33 @@ inline void dequantize(const fastq_tensor& q, const fastq_tensor& scale, const f
   check(fastq_dequantize(&args));
 }
 
+inline size_t flash_attention_workspace_size(const fastq_flash_attention_args& args) {
+  size_t bytes = 0;
+  check(fastq_flash_attention_workspace_size(&args, &bytes));
+  return bytes;
+}
+
+// The arguments of one attention over sequences of one length; set the rest on the result.
+inline fastq_flash_attention_args flash_attention_args(const fastq_tensor& q, const fastq_tensor& k,
+                                                       const fastq_tensor& v,
+                                                       const fastq_tensor& out, bool causal = false,
+                                                       void* stream = nullptr) {
+  fastq_flash_attention_args args = {};
+  args.struct_size = sizeof(args);
+  args.q = q, args.k = k, args.v = v;
+  args.out = out;
+  args.causal = causal;
+  args.stream = stream;
+  return args;
+}
+
+inline void flash_attention(fastq_flash_attention_args args, void* workspace = nullptr,
+                            size_t workspace_size = 0) {
+  args.workspace = workspace;
+  args.workspace_size = workspace_size;
+  check(fastq_flash_attention(&args));
+}
+
 inline int get_num_threads() {
   int32_t num_threads = 0;
   check(fastq_get_num_threads(&num_threads));

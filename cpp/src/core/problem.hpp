@@ -74,4 +74,30 @@ struct DequantizeProblem {
   void* stream = nullptr;
 };
 
+// (batch, seqlen, heads, head_dim), head_dim contiguous. Packed sequences have no batch stride.
+struct AttentionTensor {
+  void* data = nullptr;
+  int64_t stride_batch = 0, stride_seqlen = 0, stride_head = 0;
+};
+
+constexpr int64_t kMaxHeadDim = 256;
+
+struct FlashAttentionProblem {
+  int64_t batch = 0;
+  int64_t seqlen_q = 0, seqlen_k = 0;  // the longest, where sequences are packed
+  int64_t num_heads = 0, num_heads_k = 0, head_dim = 0;
+  DType dtype = DType::kFloat32;
+  AttentionTensor q, k, v, out;
+  // Packed: where sequence b begins and ends, batch + 1 numbers. Null otherwise.
+  const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
+  float* lse = nullptr;  // lse[b * stride_lb + h * stride_lh + i * stride_lq]
+  int64_t stride_lb = 0, stride_lh = 0, stride_lq = 0;
+  const float* alibi_slopes = nullptr;  // alibi_slopes[b * stride_ab + h * stride_ah]
+  int64_t stride_ab = 0, stride_ah = 0;
+  float softmax_scale = 1, softcap = 0;         // 0: none
+  int64_t window_left = -1, window_right = -1;  // negative: no bound; causal is window_right = 0
+  int device_index = 0;
+  void* stream = nullptr;
+};
+
 }  // namespace fastq

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cpu/dequantize/dequantize.hpp"
+#include "cpu/flash_attention/flash_attention.hpp"
 #include "cpu/int8_gemm/int8_gemm.hpp"
 #include "cpu/int8_gemm/pack.hpp"
 #include "cpu/isa.hpp"
@@ -28,7 +29,9 @@ const Backend kBackend = {int8_gemm_workspace_size,
                           pack_weight,
                           quantize,
                           dequantize,
-                          describe};
+                          describe,
+                          flash_attention_workspace_size,
+                          flash_attention};
 
 [[maybe_unused]] const bool registered = register_backend(DeviceType::kCpu, kBackend);
 

@@ -44,19 +44,22 @@ Isa detect() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return Isa::kScalar;
   const bool osxsave = ecx & bit_OSXSAVE;
-  const bool f16c = ecx & bit_F16C;
+  const bool f16c = ecx & bit_F16C, fma = ecx & bit_FMA;
   if (!osxsave || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return Isa::kScalar;
 
   const unsigned long long states = enabled_states();
   constexpr unsigned long long kYmm = 0x6, kZmm = 0xe6, kTiles = 0x60000;
-  if ((states & kYmm) != kYmm || !f16c || !(ebx & bit_AVX2)) return Isa::kScalar;
+  if ((states & kYmm) != kYmm || !f16c || !fma || !(ebx & bit_AVX2)) return Isa::kScalar;
 
   constexpr unsigned kAvx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   if ((states & kZmm) != kZmm || (ebx & kAvx512) != kAvx512 || !(ecx & bit_AVX512VNNI)) {
     return Isa::kAvx2;
   }
-  constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
-  const bool amx = (edx & kAmxTile) && (edx & kAmxInt8) && (states & kTiles) == kTiles;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+  constexpr unsigned kAmx = kAmxBf16 | kAmxTile | kAmxInt8, kAvx512Bf16 = 1u << 5;
+  const bool has_tiles = (edx & kAmx) == kAmx && (states & kTiles) == kTiles;
+  const bool amx =
+      has_tiles && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvx512Bf16);
   return amx && request_tile_data() ? Isa::kAmx : Isa::kAvx512Vnni;
 }
 

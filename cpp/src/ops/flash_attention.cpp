@@ -1,0 +1,228 @@
+#include "ops/flash_attention.hpp"
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "core/backend.hpp"
+#include "core/error.hpp"
+#include "ops/checks.hpp"
+
+namespace fastq {
+namespace {
+
+constexpr const char* kOp = "flash_attention";
+constexpr size_t kLeastArgs = sizeof(fastq_flash_attention_args);
+
+[[noreturn]] void wrong_shape(const NamedTensor& tensor, const std::string& expected) {
+  invalid_value(std::string(kOp) + ": " + tensor.name + " has shape " + shape_text(*tensor.view) +
+                ", expected " + expected);
+}
+
+// The tensors' shapes, and what the sizes of one say of the others'.
+struct Sizes {
+  bool is_packed;
+  int64_t batch, rows_q, rows_k;  // rows: a sequence's, or all sequences' together where packed
+  int64_t num_heads, num_heads_k, head_dim;
+};
+
+void check_head_dim_stride(const NamedTensor& tensor) {
+  const TensorView& t = *tensor.view;
+  const int64_t stride = t.strides[t.rank - 1];
+  if (stride != 1 && t.sizes[t.rank - 1] > 1 && numel(t) > 0) {
+    invalid_value(std::string(kOp) + ": " + tensor.name + " has stride " + std::to_string(stride) +
+                  " along head_dim, expected 1; pass a contiguous copy");
+  }
+}
+
+Sizes check_shapes(const NamedTensor& q, const NamedTensor& k, const NamedTensor& v,
+                   const NamedTensor& out, const fastq_flash_attention_args& args) {
+  Sizes s{};
+  s.is_packed = is_present(args.cu_seqlens_q);
+  if (s.is_packed != is_present(args.cu_seqlens_k)) {
+    invalid_value(std::string(kOp) + ": only one of cu_seqlens_q and cu_seqlens_k is given");
+  }
+  const int rank = s.is_packed ? 3 : 4;
+  for (const NamedTensor& tensor : {q, k, v}) {
+    if (tensor.view->rank != rank) {
+      wrong_shape(tensor, s.is_packed ? "(total, heads, head_dim), as cu_seqlens are given"
+                                      : "(batch, seqlen, heads, head_dim)");
+    }
+    check_head_dim_stride(tensor);
+  }
+  check_same_shape(kOp, v, k);
+  check_same_shape(kOp, out, q);
+  check_head_dim_stride(out);
+  const int64_t* const q_sizes = q.view->sizes + rank - 3;  // rows, heads, head_dim
+  const int64_t* const k_sizes = k.view->sizes + rank - 3;
+  s.rows_q = q_sizes[0], s.rows_k = k_sizes[0];
+  s.num_heads = q_sizes[1], s.num_heads_k = k_sizes[1];
+  s.head_dim = q_sizes[2];
+  if (k_sizes[2] != s.head_dim) {
+    wrong_shape(k, "head_dim " + std::to_string(s.head_dim) + " as q has");
+  }
+  if (s.head_dim < 1 || s.head_dim > kMaxHeadDim) {
+    wrong_shape(q, "head_dim from 1 to " + std::to_string(kMaxHeadDim));
+  }
+  if (s.num_heads_k == 0 ? s.num_heads != 0 : s.num_heads % s.num_heads_k != 0) {
+    wrong_shape(k, "a number of heads that divides q's " + std::to_string(s.num_heads));
+  }
+  if (s.rows_q > INT32_MAX) wrong_shape(q, "at most 2147483647 rows");
+  if (s.rows_k > INT32_MAX) wrong_shape(k, "at most 2147483647 rows");
+  if (s.is_packed) {
+    const NamedTensor cu_q{"cu_seqlens_q", &args.cu_seqlens_q};
+    for (const NamedTensor& cu : {cu_q, NamedTensor{"cu_seqlens_k", &args.cu_seqlens_k}}) {
+      check_well_formed(kOp, cu);
+      check_dtype(kOp, cu, {DType::kInt32});
+      const TensorView& t = *cu.view;
+      if (t.rank != 1 || t.sizes[0] < 1 || (t.sizes[0] > 1 && t.strides[0] != 1)) {
+        wrong_shape(cu, "a contiguous (batch + 1,)");
+      }
+    }
+    check_same_shape(kOp, {"cu_seqlens_k", &args.cu_seqlens_k}, cu_q);
+    s.batch = args.cu_seqlens_q.sizes[0] - 1;
+  } else {
+    s.batch = q.view->sizes[0];
+    if (k.view->sizes[0] != s.batch) {
+      wrong_shape(k, "batch " + std::to_string(s.batch) + " as q has");
+    }
+  }
+  return s;
+}
+
+// On the CPU what cu_seqlens hold is known.
+void check_cu_seqlens(const NamedTensor& cu, int64_t rows, int64_t max_seqlen) {
+  const auto* begin = static_cast<const int32_t*>(cu.view->data);
+  const int64_t batch = cu.view->sizes[0] - 1;
+  const std::string about = std::string(kOp) + ": " + cu.name;
+  if (begin[0] != 0) {
+    invalid_value(about + " begins with " + std::to_string(begin[0]) + ", expected 0");
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t length = int64_t{begin[b + 1]} - begin[b];
+    if (length < 0 || length > max_seqlen) {
+      invalid_value(about + " gives sequence " + std::to_string(b) + " the length " +
+                    std::to_string(length) +
+                    ", expected 0 to max_seqlen = " + std::to_string(max_seqlen));
+    }
+  }
+  if (begin[batch] > rows) {
+    invalid_value(about + " ends with " + std::to_string(begin[batch]) + ", expected at most " +
+                  std::to_string(rows) + ", the rows there are");
+  }
+}
+
+void check_numbers(const fastq_flash_attention_args& args) {
+  if (!std::isfinite(args.softmax_scale)) {
+    invalid_value(std::string(kOp) + ": softmax_scale is " + std::to_string(args.softmax_scale) +
+                  ", expected a finite number");
+  }
+  if (!std::isfinite(args.softcap) || args.softcap < 0) {
+    invalid_value(std::string(kOp) + ": softcap is " + std::to_string(args.softcap) +
+                  ", expected a finite number from 0 on");
+  }
+  if (is_present(args.cu_seqlens_q) && (args.max_seqlen_q < 0 || args.max_seqlen_k < 0)) {
+    invalid_value(std::string(kOp) + ": max_seqlen is negative");
+  }
+}
+
+AttentionTensor attention_tensor(const TensorView& t) {
+  const int64_t* const strides = t.strides + t.rank - 3;
+  return {t.data, t.rank == 4 ? t.strides[0] : 0, strides[0], strides[1]};
+}
+
+// Nothing where there is nothing to write.
+std::optional<FlashAttentionProblem> checked(const fastq_flash_attention_args& args) {
+  const NamedTensor q{"q", &args.q}, k{"k", &args.k}, v{"v", &args.v}, out{"out", &args.out};
+  const NamedTensor lse{"lse", &args.lse}, slopes{"alibi_slopes", &args.alibi_slopes};
+  for (const NamedTensor& tensor : {q, k, v, out}) check_well_formed(kOp, tensor);
+  check_dtype(kOp, q, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
+  for (const NamedTensor& tensor : {k, v, out}) check_dtype(kOp, tensor, {dtype_of(args.q)});
+  const Sizes s = check_shapes(q, k, v, out, args);
+  check_same_device(kOp,
+                    {q, k, v, out, lse, slopes, NamedTensor{"cu_seqlens_q", &args.cu_seqlens_q},
+                     NamedTensor{"cu_seqlens_k", &args.cu_seqlens_k}});
+  check_numbers(args);
+  check_output(kOp, out, {q, k, v, slopes});
+
+  FlashAttentionProblem p;
+  p.batch = s.batch;
+  p.seqlen_q = s.is_packed ? args.max_seqlen_q : s.rows_q;
+  p.seqlen_k = s.is_packed ? args.max_seqlen_k : s.rows_k;
+  p.num_heads = s.num_heads, p.num_heads_k = s.num_heads_k, p.head_dim = s.head_dim;
+  p.dtype = dtype_of(args.q);
+  p.q = attention_tensor(args.q), p.k = attention_tensor(args.k), p.v = attention_tensor(args.v);
+  p.out = attention_tensor(args.out);
+  if (s.is_packed) {
+    p.cu_seqlens_q = static_cast<const int32_t*>(args.cu_seqlens_q.data);
+    p.cu_seqlens_k = static_cast<const int32_t*>(args.cu_seqlens_k.data);
+    if (device_of(args.q) == DeviceType::kCpu) {
+      check_cu_seqlens({"cu_seqlens_q", &args.cu_seqlens_q}, s.rows_q, p.seqlen_q);
+      check_cu_seqlens({"cu_seqlens_k", &args.cu_seqlens_k}, s.rows_k, p.seqlen_k);
+    }
+  }
+  if (is_present(args.lse)) {
+    check_well_formed(kOp, lse);
+    check_dtype(kOp, lse, {DType::kFloat32});
+    const TensorView& t = args.lse;
+    const int rank = s.is_packed ? 2 : 3;
+    const bool fits = t.rank == rank && (s.is_packed || t.sizes[0] == s.batch) &&
+                      t.sizes[rank - 2] == s.num_heads && t.sizes[rank - 1] == s.rows_q;
+    if (!fits)
+      wrong_shape(lse, s.is_packed ? "(num_heads, total_q)" : "(batch, num_heads, seqlen_q)");
+    check_output(kOp, lse, {q, k, v, out, slopes});
+    p.lse = static_cast<float*>(t.data);
+    p.stride_lb = s.is_packed ? 0 : t.strides[0];
+    p.stride_lh = t.strides[rank - 2], p.stride_lq = t.strides[rank - 1];
+  }
+  if (is_present(args.alibi_slopes)) {
+    check_well_formed(kOp, slopes);
+    check_dtype(kOp, slopes, {DType::kFloat32});
+    const TensorView& t = args.alibi_slopes;
+    const bool fits = (t.rank == 1 || (t.rank == 2 && t.sizes[0] == s.batch)) &&
+                      t.sizes[t.rank - 1] == s.num_heads;
+    if (!fits) wrong_shape(slopes, "(num_heads,) or (batch, num_heads)");
+    p.alibi_slopes = static_cast<const float*>(t.data);
+    p.stride_ab = t.rank == 2 ? t.strides[0] : 0;
+    p.stride_ah = t.strides[t.rank - 1];
+  }
+  p.softmax_scale = args.softmax_scale != 0 ? args.softmax_scale
+                                            : 1.0f / std::sqrt(static_cast<float>(s.head_dim));
+  p.softcap = args.softcap;
+  if (args.has_window != 0) p.window_left = args.window_left, p.window_right = args.window_right;
+  if (args.causal != 0) p.window_right = 0;
+  p.device_index = args.q.device_index;
+  p.stream = args.stream;
+  if (p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0 || s.rows_q == 0) return std::nullopt;
+  return p;
+}
+
+const Backend& attention_backend(const fastq_flash_attention_args& args) {
+  const Backend& backend = backend_for(device_of(args.q), kOp);
+  if (backend.flash_attention == nullptr) {
+    not_implemented(std::string(kOp) + ": q is on " + device_name(args.q) +
+                    ", where fastq has no kernel for it yet; it runs on cpu");
+  }
+  return backend;
+}
+
+}  // namespace
+
+size_t flash_attention_workspace_size(const fastq_flash_attention_args& caller) {
+  fastq_flash_attention_args space;
+  const auto& args = known_struct(kOp, caller, kLeastArgs, space);
+  const std::optional<FlashAttentionProblem> p = checked(args);
+  return p ? attention_backend(args).flash_attention_workspace_size(*p) : 0;
+}
+
+void flash_attention(const fastq_flash_attention_args& caller) {
+  fastq_flash_attention_args space;
+  const auto& args = known_struct(kOp, caller, kLeastArgs, space);
+  const std::optional<FlashAttentionProblem> p = checked(args);
+  if (!p) return;
+  Workspace workspace(args.workspace, args.workspace_size, args.allocate, args.allocate_context);
+  attention_backend(args).flash_attention(*p, workspace);
+}
+
+}  // namespace fastq

@@ -1,0 +1,315 @@
+"""flash_attention against float64, within twice the error of the plain formula in torch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastq
+import reference
+from operands import FLOAT_DTYPES
+
+SEQLENS = [(1, 1), (1, 239), (799, 3), (127, 512), (113, 203), (1024, 1023)]
+HEAD_DIMS = [1, 32, 64, 80, 96, 128, 160, 192, 256]
+
+
+def qkv(batch, seqlen_q, seqlen_k, heads, heads_k, head_dim, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((seqlen_q, heads), (seqlen_k, heads_k), (seqlen_k, heads_k))
+    return tuple(
+        torch.randn(batch, rows, h, head_dim, generator=generator).to(dtype) for rows, h in shapes
+    )
+
+
+def torch_attention(
+    q, k, v, *, causal=False, softmax_scale=None, window=(-1, -1), softcap=0.0, alibi_slopes=None
+):
+    """The plain formula with torch, scores and probabilities in q's dtype."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    s = torch.einsum("bihd,bjhd->bhij", q * scale, k)
+    if softcap > 0:
+        s = softcap * torch.tanh(s / softcap)
+    positions = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+    keys = torch.arange(k.shape[1])[None, :]
+    if alibi_slopes is not None:
+        slopes = alibi_slopes[None] if alibi_slopes.dim() == 1 else alibi_slopes
+        s = s - (slopes[:, :, None, None] * (positions - keys).abs()).to(s.dtype)
+    allowed = torch.ones(s.shape[-2:], dtype=torch.bool)
+    if causal:
+        allowed &= keys <= positions
+    if window[0] >= 0:
+        allowed &= keys >= positions - window[0]
+    if window[1] >= 0:
+        allowed &= keys <= positions + window[1]
+    p = s.masked_fill(~allowed, -torch.inf).softmax(-1).masked_fill(~allowed, 0)
+    return torch.einsum("bhij,bjhd->bihd", p, v)
+
+
+def check(q, k, v, **options):
+    out, lse = fastq.flash_attention(q, k, v, return_lse=True, **options)
+    assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
+    expected, expected_lse = reference.flash_attention(q, k, v, **options)
+    theirs = torch_attention(q, k, v, **options).double().numpy() - expected
+    ours = out.double().numpy() - expected
+    if ours.size > 0:
+        assert np.abs(ours).max() <= 2 * np.abs(theirs).max() + 1e-5
+        rms, size = np.sqrt(np.mean(ours**2)), np.sqrt(np.mean(expected**2))
+        assert rms <= 1.2 * np.sqrt(np.mean(theirs**2)) + 1e-6 * size
+    assert lse.dtype == torch.float32
+    np.testing.assert_allclose(lse.numpy(), expected_lse, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("seqlens", SEQLENS, ids=str)
+def test_seqlens(seqlens, dtype, causal):
+    check(*qkv(2, *seqlens, 3, 3, 64, dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims(head_dim, dtype):
+    check(*qkv(1, 65, 130, 2, 2, head_dim, dtype), causal=True)
+
+
+@pytest.mark.parametrize("heads", [(6, 6), (6, 3), (6, 2), (6, 1), (40, 8)], ids=str)
+@pytest.mark.parametrize("seqlens", [(1, 77), (33, 100)], ids=str)
+def test_grouped_heads(heads, seqlens):
+    check(*qkv(2, *seqlens, *heads, 32, torch.bfloat16), causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    "window", [(-1, -1), (0, 0), (16, -1), (-1, 16), (100, 7), (5000, 5000)], ids=str
+)
+def test_windows(window, causal):
+    for seqlens in ((100, 300), (300, 100), (257, 257)):
+        check(*qkv(1, *seqlens, 2, 1, 40), window=window, causal=causal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softcap_scale_and_alibi(dtype):
+    q, k, v = qkv(2, 90, 150, 4, 2, 64, dtype)
+    check(3 * q, k, v, softcap=5.0)
+    check(q, k, v, softmax_scale=0.3, causal=True)
+    check(q, k, v, softmax_scale=-0.05)
+    slopes = torch.tensor([0.5, 0.25, 0.01, 0.0])
+    check(q, k, v, alibi_slopes=slopes)
+    check(q, k, v, alibi_slopes=torch.stack([slopes, slopes.flip(0)]), causal=True, softcap=20.0)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_packed_sequences(dtype):
+    lengths = [(5, 9), (0, 4), (130, 300), (3, 0), (64, 64), (0, 0), (200, 100)]
+    cu_q, cu_k = (
+        torch.tensor([0, *np.cumsum([pair[i] for pair in lengths])], dtype=torch.int32)
+        for i in (0, 1)
+    )
+    used = int(cu_q[-1])
+    q, k, v = (x[0] for x in qkv(1, used + 3, int(cu_k[-1]) + 2, 4, 2, 48, dtype))
+    slopes, packed = torch.rand(7, 4), {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    out = torch.full_like(q, 7)
+    got, lse = fastq.flash_attention(
+        q, k, v, causal=True, alibi_slopes=slopes, out=out, return_lse=True, **packed
+    )
+    assert got is out
+    assert lse.shape == (4, used + 3)
+    assert (out[used:] == 7).all()  # past the last sequence
+    expected, expected_lse = reference.flash_attention(
+        q, k, v, causal=True, alibi_slopes=slopes, **packed
+    )
+    np.testing.assert_allclose(lse[:, :used], expected_lse[:, :used], rtol=2e-6, atol=2e-5)
+    for b, (n_q, n_k) in enumerate(lengths):
+        rows, keys = (
+            slice(int(cu_q[b]), int(cu_q[b]) + n_q),
+            slice(int(cu_k[b]), int(cu_k[b]) + n_k),
+        )
+        alone = (q[None, rows], k[None, keys], v[None, keys])
+        options = {"causal": True, "alibi_slopes": slopes[b]}
+        check(*alone, **options)
+        assert torch.equal(fastq.flash_attention(*alone, **options)[0], out[rows])
+    error = np.abs(out[:used].double().numpy() - expected[:used]).max()
+    assert error <= (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_max_seqlen_may_be_given():
+    cu = torch.tensor([0, 3, 10], dtype=torch.int32)
+    q, k, v = (x[0] for x in qkv(1, 10, 10, 2, 2, 16))
+    options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    expected = fastq.flash_attention(q, k, v, **options)
+    got = fastq.flash_attention(q, k, v, max_seqlen_q=7, max_seqlen_k=1000, **options)
+    assert torch.equal(got, expected)
+
+
+def test_rows_that_attend_to_nothing():
+    q, k, v = qkv(1, 6, 2, 2, 2, 24)
+    out, lse = fastq.flash_attention(q, k, v, causal=True, return_lse=True)
+    assert (out[:, :4] == 0).all()
+    assert (lse[:, :, :4] == -torch.inf).all()
+    assert torch.isfinite(lse[:, :, 4:]).all()
+    out, lse = fastq.flash_attention(q, k[:, :0], v[:, :0], return_lse=True)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+    assert fastq.flash_attention(q[:, :0], k, v).shape == (1, 0, 2, 24)
+    assert fastq.flash_attention(q[:0], k[:0], v[:0]).shape == (0, 6, 2, 24)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_any_strides(dtype):
+    q, k, v = qkv(2, 37, 70, 4, 2, 40, dtype)
+    expected = fastq.flash_attention(q, k, v, causal=True)
+    for i, j in ((1, 2), (1, 3), (0, 1)):
+        views = [x.transpose(i, j).contiguous().transpose(i, j) for x in (q, k, v)]
+        assert torch.equal(fastq.flash_attention(*views, causal=True), expected)
+    fused = torch.cat([q[:, :, :2], k[:, :37], v[:, :37]], dim=2)
+    parts = fused.split([2, 2, 2], dim=2)
+    plain = [x.contiguous() for x in parts]
+    assert torch.equal(fastq.flash_attention(*parts), fastq.flash_attention(*plain))
+    shared = [x[:1].expand(2, -1, -1, -1) for x in (k, v)]
+    whole = [x.contiguous() for x in shared]
+    assert torch.equal(fastq.flash_attention(q, *shared), fastq.flash_attention(q, *whole))
+
+
+def test_out_is_written_wholly_and_alone():
+    q, k, v = qkv(2, 33, 50, 3, 3, 20, torch.bfloat16)
+    expected = fastq.flash_attention(q, k, v)
+    held = torch.full((2, 35, 5, 24), 77, dtype=torch.bfloat16)
+    out = held[:, 1:-1, 1:-1, 2:-2]
+    assert fastq.flash_attention(q, k, v, out=out) is out
+    assert torch.equal(out, expected)
+    out.fill_(77)
+    assert (held == 77).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_show(value):
+    q, k, v = qkv(1, 40, 90, 1, 1, 16)
+    v_bad = v.clone()
+    v_bad[0, 20, 0, 3] = value
+    out = fastq.flash_attention(q, k, v_bad)
+    assert not torch.isfinite(out[..., 3]).any()
+    assert torch.isfinite(out[..., 4:]).all()
+    q_bad = q.clone()
+    q_bad[0, 20, 0, 3] = value
+    is_finite = torch.isfinite(fastq.flash_attention(q_bad, k, v)).all(-1)[0, :, 0]
+    assert not is_finite[20]
+    assert is_finite.sum() == 39
+    k_bad = k.clone()
+    k_bad[0, 20, 0, 3] = value
+    scores = q[0, :, 0] @ k_bad[0, :, 0].T  # one of -inf is that of a key without weight
+    shows = (scores.isnan() | (scores == math.inf)).any(1)
+    is_finite = torch.isfinite(fastq.flash_attention(q, k_bad, v)).all(-1)[0, :, 0]
+    assert torch.equal(~is_finite, shows)
+
+
+def test_only_scores_of_minus_inf_give_nan():
+    q, k, v = torch.ones(1, 1, 1, 4), torch.full((1, 70, 1, 4), -math.inf), torch.ones(1, 70, 1, 4)
+    assert fastq.flash_attention(q, k, v).isnan().all()
+
+
+def test_a_row_has_its_bits_whatever_the_threads():
+    q, k, v = qkv(2, 300, 300, 4, 2, 64, torch.bfloat16)
+    threads = fastq.get_num_threads()
+    got = []
+    try:
+        for count in (1, 2, 5):
+            fastq.set_num_threads(count)
+            got.append(fastq.flash_attention(q, k, v, causal=True))
+    finally:
+        fastq.set_num_threads(threads)
+    assert torch.equal(got[0], got[1])
+    assert torch.equal(got[0], got[2])
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512vnni", "amx", "neon"])
+def test_every_instruction_set(monkeypatch, isa):
+    if isa not in fastq.describe()["cpu"]["available"]:
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv("FASTQ_CPU_ISA", isa)
+    for dtype in FLOAT_DTYPES:
+        check(*qkv(1, 70, 140, 4, 2, 72, dtype), causal=True, window=(90, -1), softcap=8.0)
+
+
+def test_equals_torch_sdpa():
+    q, k, v = qkv(2, 128, 128, 4, 4, 64)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
+    )
+    got = fastq.flash_attention(q, k, v, causal=True).transpose(1, 2)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_properties(data):
+    draw = data.draw
+    heads_k, group = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    sizes = (draw(st.integers(1, 3)), draw(st.integers(0, 90)), draw(st.integers(0, 200)))
+    head_dim, dtype = draw(st.integers(1, 130)), draw(st.sampled_from(FLOAT_DTYPES))
+    options = {
+        "causal": draw(st.booleans()),
+        "window": (draw(st.integers(-1, 150)), draw(st.integers(-1, 150))),
+        "softcap": draw(st.sampled_from([0.0, 2.0, 30.0])),
+    }
+    check(*qkv(*sizes, heads_k * group, heads_k, head_dim, dtype, seed=sum(sizes)), **options)
+
+
+def bad(message, error=ValueError, **changes):
+    q, k, v = qkv(2, 5, 7, 4, 2, 16)
+    with pytest.raises(error, match=message):
+        fastq.flash_attention(**{"q": q, "k": k, "v": v} | changes)
+
+
+def test_bad_shapes_and_dtypes():
+    q, k, v = qkv(2, 5, 7, 4, 2, 16)
+    bad("q is a list, expected a torch.Tensor", TypeError, q=[1])
+    bad(r"q has shape \(5, 4, 16\), expected \(batch, seqlen, heads, head_dim\)", q=q[0])
+    three = k.new_zeros(2, 7, 3, 16)
+    bad(r"k has shape \(2, 7, 3, 16\).*divides q's 4", k=three, v=three)
+    bad("v has shape .* as k has", v=v[:, :6])
+    bad("k has shape .*, expected batch 2", k=k[:1], v=v[:1])
+    bad("k has shape .*, expected head_dim 16", k=k[..., :8], v=v[..., :8])
+    wide = k.new_zeros(2, 7, 2, 257)
+    bad("head_dim from 1 to 256", q=q.new_zeros(2, 5, 4, 257), k=wide, v=wide)
+    bad("k has dtype float16, expected float32", TypeError, k=k.half())
+    bad("q has dtype int32", TypeError, q=q.int(), k=k.int(), v=v.int())
+    bad("out has shape", out=torch.zeros(2, 5, 4, 8))
+    bad("out overlaps q", q=q, out=q)
+    bad("alibi_slopes has shape", alibi_slopes=torch.zeros(3))
+
+
+def test_bad_options():
+    q, _, _ = qkv(2, 5, 7, 4, 2, 16)
+    bad("q requires grad", q=q.clone().requires_grad_())
+    bad("softmax_scale is 0", softmax_scale=0.0)
+    bad("softmax_scale is nan", softmax_scale=math.nan)
+    bad("softcap is -1", softcap=-1.0)
+    bad("window is 5, expected two ints", TypeError, window=5)
+    bad("max_seqlen_q is 5, and there are no cu_seqlens", max_seqlen_q=5)
+
+
+def test_bad_cu_seqlens():
+    q, k, v = qkv(2, 5, 7, 4, 2, 16)
+    cu = torch.tensor([0, 5], dtype=torch.int32)
+    packed = {"q": q[0], "k": k[0, :5], "v": v[0, :5], "cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    fastq.flash_attention(**packed)
+    bad("only one of cu_seqlens_q", cu_seqlens_q=cu)
+    bad(r"q has shape .*, expected \(total, heads, head_dim\)", **packed | {"q": q})
+    bad("ends with 9, expected at most 5", **packed | {"cu_seqlens_k": torch.tensor([0, 9]).int()})
+    bad("begins with 1", **packed | {"cu_seqlens_q": torch.tensor([1, 5]).int()})
+    bad("length -1", **packed | {"cu_seqlens_q": torch.tensor([0, -1]).int(), "max_seqlen_q": 5})
+    bad("length 5, expected 0 to max_seqlen = 4", **packed, max_seqlen_q=4)
+    bad("cu_seqlens_q has dtype int64", TypeError, **packed | {"cu_seqlens_q": cu.long()})
+
+
+@pytest.mark.cuda
+def test_cuda_has_no_kernel_yet():
+    q, k, v = (x.cuda() for x in qkv(1, 4, 4, 1, 1, 16))
+    with pytest.raises(NotImplementedError, match="flash_attention: q is on cuda:0"):
+        fastq.flash_attention(q, k, v)
