@@ -1,9 +1,9 @@
 """Attention, beside torch's scaled_dot_product_attention.
 
 ``python -m bench.flash_attention --device cpu`` appends to
-``bench/results/<device>/flash_attention.jsonl``. Inputs are drawn from N(0, 1), queries and keys are
-as many. The rate counts 4 * batch * heads * seqlen^2 * head_dim operations, half of them with a
-causal mask. ``ratio`` is the time of torch's over this implementation's.
+``bench/results/<device>/flash_attention.jsonl``. Inputs are drawn from N(0, 1); there are as many
+queries as keys. The rate counts 4 * batch * heads * seqlen^2 * head_dim operations, half of them
+with a causal mask. ``ratio`` is the time of torch's over this implementation's.
 """
 
 from __future__ import annotations
