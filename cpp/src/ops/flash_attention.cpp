@@ -1,5 +1,6 @@
 #include "ops/flash_attention.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -190,7 +191,10 @@ std::optional<FlashAttentionProblem> checked(const fastq_flash_attention_args& a
   p.softmax_scale = args.softmax_scale != 0 ? args.softmax_scale
                                             : 1.0f / std::sqrt(static_cast<float>(s.head_dim));
   p.softcap = args.softcap;
-  if (args.has_window != 0) p.window_left = args.window_left, p.window_right = args.window_right;
+  if (args.has_window != 0) {  // no sequence is longer
+    p.window_left = std::min<int64_t>(args.window_left, INT32_MAX);
+    p.window_right = std::min<int64_t>(args.window_right, INT32_MAX);
+  }
   if (args.causal != 0) p.window_right = 0;
   p.device_index = args.q.device_index;
   p.stream = args.stream;
