@@ -12,6 +12,7 @@
 // p, what the softmax leaves, is rounded to bfloat16.
 #include <immintrin.h>
 
+#include "cpu/amx_tile_config.hpp"
 #include "cpu/flash_attention/flash_attention_kernels.hpp"
 #include "cpu/flash_attention/flash_attention_softmax.hpp"
 #include "cpu/transpose_avx512.hpp"
@@ -25,14 +26,6 @@ constexpr int kKeySteps = kAttentionKeys / 32;  // of v and p
 constexpr int kRowTiles = kRows / 16;           // of q and p
 constexpr int kSumStride = kRows * static_cast<int>(sizeof(float));
 static_assert(kRowTiles == 2 && kKeyTiles % 2 == 0);
-
-struct alignas(64) TileConfig {  // the operand of LDTILECFG
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // Up to 32 numbers of a row, zeros behind them.
 __m512i load_line(const uint16_t* row, int64_t count) {

@@ -11,6 +11,7 @@
 // operand, straight from memory, the activation is packed, and the sums are transposed.
 #include <immintrin.h>
 
+#include "cpu/amx_tile_config.hpp"
 #include "cpu/int8_gemm/epilogue.hpp"
 #include "cpu/int8_gemm/fetch.hpp"
 #include "cpu/int8_gemm/kernels.hpp"
@@ -22,14 +23,6 @@ namespace {
 constexpr int kTileRows = 16;   // rows of a tile register
 constexpr int kPanelAhead = 2;  // K blocks fetched into L1 before their use
 constexpr int kAccStride = kTileN * static_cast<int>(sizeof(int32_t));
-
-struct alignas(64) TileConfig {  // the operand of LDTILECFG
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // Rows of a panel that the registers of this thread are configured for; 0: not configured.
 thread_local int configured_rows = 0;
