@@ -42,7 +42,8 @@ def flash_attention(
 
     ``p(i) = i + seqlen_k - seqlen_q`` is where query i stands among the keys: the last query stands
     at the last key. A query that attends to nothing has out 0 and lse -inf. Scores, exponentials
-    and sums are float32.
+    and sums are float32; of bfloat16 inputs AMX rounds the exponentials to bfloat16 before their
+    product with v.
 
     Args:
         q: float32, float16 or bfloat16 ``(batch, seqlen_q, num_heads, head_dim)``, or packed

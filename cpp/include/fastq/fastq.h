@@ -229,7 +229,8 @@ FASTQ_API fastq_status fastq_dequantize(const fastq_dequantize_args* args);
  * stands among the keys: the last query stands at the last key. With causal it attends to j <=
  * p(i); with has_window, to p(i) - window_left <= j <= p(i) + window_right (a negative size: no
  * bound on that side). A query that attends to nothing has out = 0 and lse = -inf. Sums and
- * exponentials are float32. num_heads is a multiple of num_heads_k: query head h reads key head h /
+ * exponentials are float32; of bfloat16 inputs AMX rounds exp(s) to bfloat16 before the product
+ * with v. num_heads is a multiple of num_heads_k: query head h reads key head h /
  * (num_heads / num_heads_k).
  *
  * Sequences of one length: q, out (batch, seqlen_q, num_heads, head_dim), k, v (batch, seqlen_k,

@@ -80,7 +80,8 @@ inline Vec exp_fraction(const Vec& r) {
   return (r * r) * y + (r + 1.0f);
 }
 
-// e^x for x <= 0 or NaN; 0 below the normal numbers. Relative error below 2^-22.
+// e^x for x <= 0 or NaN; 0 below the normal numbers. ln 2 comes in two parts, the first with few
+// enough bits that n times it is exact.
 inline Vec exp_negative(const Vec& x) {
   const Vec limit = Vec{} - 87.0f;
 #if defined(__AVX512F__)
@@ -97,7 +98,6 @@ inline Vec exp_negative(const Vec& x) {
   const Vec from = x < limit ? limit : x;
   const Vec magic = Vec{} + 0x1.8p23f;  // adding it rounds to an integer
   const Vec n = (from * 1.44269504f + magic) - magic;
-  // ln 2 in two parts, the first with few enough bits that n times it is exact.
   const Vec r = (from - n * 0.693145752f) - n * 1.42860677e-6f;
   const IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
   Vec power;
