@@ -219,8 +219,11 @@ __device__ inline void swapped_accumulate(const SwappedParams& p, typename Trait
                                           typename Traits::Sums& sums,
                                           const AllIssued& all_issued) {
   using Wgmma = Int8Wgmma<Traits::kTileM>;
-  // Of the first stage; a warpgroup that shares its tile has the second 64 channels of it.
-  const uint32_t first_b = wgmma_address(stages_b) + wgmma_offset(thread / 128 * 64);
+  // Of the first stage; a warpgroup that shares its tile has the second 64 channels of it. The
+  // shuffles, here and below, give what is the same in every lane, as the compiler cannot tell:
+  // descriptors in uniform registers spare it many moves between the products.
+  const int warpgroup = Traits::kPerTile > 1 ? __shfl_sync(0xffffffffu, thread / 128, 0) : 0;
+  const uint32_t first_b = wgmma_address(stages_b) + wgmma_offset(warpgroup * 64);
   const uint32_t first_a = wgmma_address(stages_a);
 
   const auto release = [&](int stage) {
@@ -234,8 +237,6 @@ __device__ inline void swapped_accumulate(const SwappedParams& p, typename Trait
   bool accumulate = false;
 #pragma unroll 1
   for (int k = 0; k < k_tiles; ++k) {
-    // The same in every lane, which the compiler cannot tell: descriptors in uniform registers
-    // spare it some 16 moves between the products.
     const int stage = __shfl_sync(0xffffffffu, at.stage, 0);
     shared.full[at.stage].wait(at.phase);
     wgmma_fence(sums);
