@@ -160,6 +160,11 @@ inline GemmConfig select_few_tokens_config(const GemmShape& s, const GemmDevice&
       config.split_k = 4;
     } else if (2 * tiles <= some) {
       config.width = 32;
+    } else if (s.M > 64 && s.M <= 112 && tiles > some && s.K >= 8192) {
+      // Enough of K for two to share a tile of all tokens.
+      config.tile = tiles::swapped(s.M <= 80 ? 80 : s.M <= 96 ? 96 : 112, 128);
+      config.width = 64;
+      config.split_k = 2;
     } else if (s.M <= 64 && !(is_small && (tokens <= 16 || (tokens == 32 && !s.b_is_constant)))) {
       config.width = static_cast<int>(share);
       config.blocks_per_sm = tokens <= 32 && !s.b_is_constant ? 2 : 1;
@@ -182,8 +187,8 @@ inline GemmConfig select_few_tokens_config(const GemmShape& s, const GemmDevice&
 }
 
 // The time of a tile's waves for K = 4096, in microseconds on an H200: a line through what was
-// measured for N from 1024 to 22016 and M from 129 to 1024. Writing a tile is in it, which does not
-// grow with K: where nothing runs under it, it takes kWriting for a token.
+// measured for N from 1024 to 22016 and M from 129 to 1024. A wave of tiles that share nothing ends
+// with writing them, which does not grow with K: kWriting for a token.
 struct WaveTime {
   int tokens;
   double first, each;
@@ -192,13 +197,15 @@ inline constexpr double kWriting = 0.0085;
 // Ping-pong tiles whose neighbours along M share channels, or along N tokens; and those that two
 // warpgroups share, which end sooner, but not under the next one's main loop.
 inline constexpr WaveTime kPairsM[] = {
-    {64, 0.5, 8.3}, {80, 1.2, 9.3}, {96, 1.6, 10.2}, {112, 1.8, 11.3}, {128, 2.0, 12.7}};
+    {64, 2.6, 7.7}, {80, 2.1, 8.5}, {96, 3.0, 9.4}, {112, 3.2, 10.3}, {128, 3.8, 11.6}};
 inline constexpr WaveTime kPairsN[] = {
-    {64, 2.0, 9.0}, {80, 2.0, 9.6}, {96, 2.0, 10.4}, {112, 2.2, 11.4}, {128, 2.0, 12.5}};
-inline constexpr WaveTime kShared[] = {{64, 0.3, 9.2},    {80, 0.2, 11.0},   {96, 0.1, 11.6},
-                                       {112, -0.3, 12.9}, {128, -0.6, 14.3}, {144, -0.9, 16.4},
-                                       {160, -1.0, 18.1}, {192, -2.5, 21.9}};
-inline constexpr WaveTime kNarrow = {64, -1.5, 7.7};  // 64 channels
+    {64, 2.9, 7.7}, {80, 2.3, 8.8}, {96, 2.8, 9.6}, {112, 3.9, 10.3}, {128, 4.0, 11.5}};
+inline constexpr WaveTime kShared[] = {{64, 0.8, 8.7},   {80, 0.3, 9.8},    {96, 0.4, 10.8},
+                                       {112, 0.2, 12.1}, {128, -0.3, 13.8}, {144, -0.8, 15.8},
+                                       {160, 0.5, 16.8}, {192, -0.2, 20.0}};
+inline constexpr WaveTime kNarrow = {64, 0.3, 6.2};  // 64 channels
+// Bytes a microsecond of the weight, for which a wave with few rows of tiles may have to wait.
+inline constexpr double kWeightBandwidth = 4.2e6, kWeightBandwidthAlone = 3.0e6;
 
 // The narrowest ping-pong tile, in steps of 16 channels, that takes no more waves than the widest.
 inline int64_t pingpong_width(int tokens, const GemmShape& s, const GemmDevice& device) {
@@ -224,22 +231,25 @@ inline GemmConfig select_many_tokens_config(const GemmShape& s, const GemmDevice
   const auto waves = [&](int64_t rows, int64_t columns) {
     return ceil_div(rows * columns, device.sm_count);
   };
-  const auto time = [&](const WaveTime& t, int64_t rows, int64_t columns, int channels = 128,
-                        double writing = 0) {
-    // A wave with few rows of tiles may have to wait for its part of the weight, at 4.2 TB/s.
+  const auto time = [&](const WaveTime& t, int64_t rows, int64_t columns, double bandwidth,
+                        double writing, int channels = 128) {
     const int64_t loaded = std::min<int64_t>(columns, device.sm_count / rows) * channels;
-    const double full = std::max(t.each, 4096 / 4.2e6 * static_cast<double>(loaded));
-    const auto count = static_cast<double>(waves(rows, columns));
-    const double k = static_cast<double>(s.K) / 4096;
-    return k * (t.first + (count - 1) * full + t.each) - (k - 1) * count * t.tokens * writing;
+    const double each = std::max(t.each, 4096 / bandwidth * static_cast<double>(loaded));
+    const double k = static_cast<double>(s.K) / 4096, fixed = t.tokens * writing;
+    return t.first + static_cast<double>(waves(rows, columns)) * (k * (each - fixed) + fixed);
+  };
+  const auto time_of_pairs = [&](const WaveTime& t, int64_t rows, int64_t columns) {
+    return time(t, rows, columns, kWeightBandwidth, 0);
   };
   const int64_t columns = ceil_div(s.N, 128);
 
   for (const WaveTime& t : kPairsM) {
     const int64_t rows = round_up(ceil_div(s.M, t.tokens), 2);
-    const double whole = time(t, rows, columns);
+    const double whole = time_of_pairs(t, rows, columns);
     // CUTLASS's kernel is a little faster where its boxes hardly leave the matrix at the edge.
-    const bool fits = rows >= 16 || rows * t.tokens - s.M <= s.M / 64;
+    const int64_t overhang = rows * t.tokens - s.M;
+    const bool fits =
+        rows >= 16 || overhang <= s.M / 64 || (t.tokens == 128 && overhang <= 4 * rows);
     if (s.out_is_tma_storable && fits && (t.tokens == 64 || t.tokens == 128)) {
       consider(0.965 * whole, t.tokens == 64 ? tiles::kSm90Medium : tiles::kSm90Large);
     }
@@ -256,16 +266,16 @@ inline GemmConfig select_many_tokens_config(const GemmShape& s, const GemmDevice
              tiles::swapped_pingpong(t.tokens), narrow && saved > 0 ? width : 128);
   }
   for (const WaveTime& t : kPairsN) {
-    consider(time(t, ceil_div(s.M, t.tokens), round_up(columns, 2)),
+    consider(time_of_pairs(t, ceil_div(s.M, t.tokens), round_up(columns, 2)),
              tiles::swapped_pingpong(t.tokens), 128, true);
   }
-  consider(time(kNarrow, ceil_div(s.M, 64), ceil_div(s.N, 64), 64, kWriting),
+  consider(time(kNarrow, ceil_div(s.M, 64), ceil_div(s.N, 64), kWeightBandwidthAlone, kWriting, 64),
            tiles::swapped(64, 64));
   for (const WaveTime& t : kShared) {
     const int64_t rows = ceil_div(s.M, t.tokens), count = waves(rows, columns);
     // In a single wave, for all to have the same share.
     const int64_t width = count > 1 ? 128 : round_up(ceil_div(s.N, device.sm_count / rows), 8);
-    consider(time(t, rows, columns, 128, kWriting), tiles::swapped(t.tokens, 128),
+    consider(time(t, rows, columns, kWeightBandwidthAlone, kWriting), tiles::swapped(t.tokens, 128),
              std::max<int64_t>(width, 72));
   }
   return best;
