@@ -25,11 +25,14 @@ constexpr TileConfig swapped_pingpong(int tokens) {
   return {tokens, 128, 128, Schedule::kSwappedPingpong};
 }
 inline constexpr TileConfig kSm90[] = {
-    kSm90Medium,          kSm90Large,           swapped(8, 64),        swapped(16, 64),
-    swapped(32, 64),      swapped(64, 64),      swapped(16, 128),      swapped(64, 128),
-    swapped(80, 128),     swapped(96, 128),     swapped(112, 128),     swapped(128, 128),
-    swapped(144, 128),    swapped(160, 128),    swapped(192, 128),     swapped_pingpong(64),
-    swapped_pingpong(80), swapped_pingpong(96), swapped_pingpong(112), swapped_pingpong(128)};
+    kSm90Medium,           kSm90Large,           swapped(8, 64),
+    swapped(16, 64),       swapped(32, 64),      swapped(64, 64),
+    swapped(80, 64),       swapped(96, 64),      swapped(112, 64),
+    swapped(16, 128),      swapped(64, 128),     swapped(80, 128),
+    swapped(96, 128),      swapped(112, 128),    swapped(128, 128),
+    swapped(144, 128),     swapped(160, 128),    swapped(192, 128),
+    swapped_pingpong(64),  swapped_pingpong(80), swapped_pingpong(96),
+    swapped_pingpong(112), swapped_pingpong(128)};
 inline constexpr TileConfig kSm80[] = {kSm80Few, kSm80Small, kSm80Large, kSm80Deep};
 }  // namespace tiles
 
@@ -154,18 +157,21 @@ inline GemmConfig select_few_tokens_config(const GemmShape& s, const GemmDevice&
     const int tokens = s.M <= 8 ? 8 : s.M <= 16 ? 16 : s.M <= 32 ? 32 : 64;
     config.tile = tiles::swapped(tokens, 64);
     // A small weight does not need all multiprocessors, and leaves the others to the next kernel.
-    const int64_t tiles = ceil_div(s.M, tokens) * ceil_div(s.N, 64), some = device.sm_count / 2;
+    const int64_t columns = ceil_div(s.N, 64), some = device.sm_count / 2;
+    const int64_t tiles = ceil_div(s.M, tokens) * columns;
     const bool is_small = s.N * s.K <= int64_t{s.b_is_constant ? 26 : 20} << 20;
     if (4 * tiles <= some && s.K >= 2048) {
       config.split_k = 4;
+    } else if (s.M > 64) {
+      if (2 * ceil_div(s.M, 32) * columns <= 3 * some) {
+        config.tile = tiles::swapped(32, 64);
+      } else if (s.M <= (share > 32 ? 112 : 96) && share >= 32) {
+        config.tile = tiles::swapped(s.M <= 80 ? 80 : s.M <= 96 ? 96 : 112, 64);
+        config.width = static_cast<int>(share);
+      }
     } else if (2 * tiles <= some) {
       config.width = 32;
-    } else if (s.M > 64 && s.M <= 112 && tiles > some && s.K >= 8192) {
-      // Enough of K for two to share a tile of all tokens.
-      config.tile = tiles::swapped(s.M <= 80 ? 80 : s.M <= 96 ? 96 : 112, 128);
-      config.width = 64;
-      config.split_k = 2;
-    } else if (s.M <= 64 && !(is_small && (tokens <= 16 || (tokens == 32 && !s.b_is_constant)))) {
+    } else if (!is_small || tokens == 64 || (tokens == 32 && s.b_is_constant)) {
       config.width = static_cast<int>(share);
       config.blocks_per_sm = tokens <= 32 && !s.b_is_constant ? 2 : 1;
     }
@@ -285,7 +291,7 @@ inline GemmConfig select_sm90_config(const GemmShape& s, const GemmDevice& devic
   // Up to 128 tokens where one tile, or a pair of narrow ones, gives work to all at once.
   const int64_t share = weight_share(s, device);
   const bool is_one_wave = 2 * ceil_div(s.N, 64) <= device.sm_count || (share > 64 && share <= 128);
-  const bool few = s.M <= 64 || (s.M <= 128 && is_one_wave);
+  const bool few = s.M <= 64 || (s.M <= 112 && share <= 64) || (s.M <= 128 && is_one_wave);
   return few ? select_few_tokens_config(s, device) : select_many_tokens_config(s, device);
 }
 

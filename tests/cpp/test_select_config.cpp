@@ -136,6 +136,11 @@ void tiles_fit_the_problem() {
     const GemmConfig c = config(M, 11008, 4096, kH200);
     EXPECT(c.tile == tiles::swapped(tokens, 128) && c.width == 88, config_name(c));
   }
+  // With fewer channels, narrow tiles of all tokens.
+  for (const auto& [M, tokens] : {std::pair{65, 80}, {81, 96}, {97, 112}}) {
+    const GemmConfig c = config(M, 5120, 13824, kH200);
+    EXPECT(c.tile == tiles::swapped(tokens, 64) && c.width == 40, config_name(c));
+  }
   // A constant weight has the largest ring to be read ahead into.
   for (const int64_t N : {1024, 4096, 6144, 8192, 11008, 22016}) {
     GemmShape s = shape(16, N, 4096);
