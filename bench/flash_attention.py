@@ -1,9 +1,9 @@
-"""Attention, beside torch's scaled_dot_product_attention.
+"""Attention, beside torch's scaled_dot_product_attention (on a GPU each of its fast backends).
 
-``python -m bench.flash_attention --device cpu`` appends to
+``python -m bench.flash_attention --device cpu`` (or ``cuda``) appends to
 ``bench/results/<device>/flash_attention.jsonl``. Inputs are drawn from N(0, 1); there are as many
 queries as keys. The rate counts 4 * batch * heads * seqlen^2 * head_dim operations, half of them
-with a causal mask. ``ratio`` is the time of torch's over this implementation's.
+with a causal mask. ``ratio`` is the time of torch's fastest over this implementation's.
 """
 
 from __future__ import annotations
@@ -12,12 +12,28 @@ from functools import partial
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastq
 
 from . import results, timing
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+BACKENDS = {
+    "cpu": {"torch SDPA": None},
+    "cuda": {
+        "torch SDPA (cuDNN)": SDPBackend.CUDNN_ATTENTION,
+        "torch SDPA (flash)": SDPBackend.FLASH_ATTENTION,
+    },
+}
+
+
+def sdpa(q, k, v, *, causal: bool, backend: SDPBackend | None) -> torch.Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    if backend is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
 
 def run(writer: results.Writer, sizes: dict, tag: str, rounds: int, dtype: torch.dtype) -> None:
@@ -38,20 +54,21 @@ def run(writer: results.Writer, sizes: dict, tag: str, rounds: int, dtype: torch
     inputs = [operands() for _ in range(timing.copies(bytes_each, device))]
     # torch's wants (batch, heads, seqlen, head_dim); these are views.
     transposed = [[t.transpose(1, 2) for t in qkv] for qkv in inputs]
-    sdpa = partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=heads != heads_k)
-    candidates = {
-        "fastq": [partial(fastq.flash_attention, *qkv, causal=causal) for qkv in inputs],
-        "torch SDPA": [partial(sdpa, *qkv) for qkv in transposed],
-    }
+    candidates = {"fastq": [partial(fastq.flash_attention, *qkv, causal=causal) for qkv in inputs]}
+    for name, backend in BACKENDS[device.type].items():
+        call = partial(sdpa, causal=causal, backend=backend)
+        candidates[name] = [partial(call, *qkv) for qkv in transposed]
+    clocks = results.read_clocks(device)
     timings = timing.measure(candidates, device, rounds)
-    clocks = results.clocks(device)
+    measured = clocks()
+    peer = min(BACKENDS[device.type], key=lambda name: timings[name].p50_us)
     operations = 4 * batch * heads * seqlen**2 * head_dim / (2 if causal else 1)
     name = str(dtype).removeprefix("torch.")
     print(f"{results.shape_text(sizes)} {name} ({tag})")
     for implementation, t in timings.items():
         rate = 1e-3 * operations / t.p50_us
-        ratio = timings["torch SDPA"].p50_us / t.p50_us
-        print(f"  {implementation:12} {t.p50_us:11.2f} us {rate:9.1f} GFLOP/s {ratio:7.3f}")
+        ratio = timings[peer].p50_us / t.p50_us
+        print(f"  {implementation:18} {t.p50_us:11.2f} us {rate:9.1f} GFLOP/s {ratio:7.3f}")
         writer.write(
             op="flash_attention",
             tag=tag,
@@ -66,9 +83,9 @@ def run(writer: results.Writer, sizes: dict, tag: str, rounds: int, dtype: torch
             copies=len(inputs),
             rate=round(rate, 3),
             unit="GFLOP/s",
-            peer="torch SDPA",
+            peer=peer,
             ratio=round(ratio, 4),
-            clocks=clocks,
+            clocks=measured,
         )
 
 
@@ -78,7 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     writer = results.writer(options, "flash_attention")
     for sizes, tag in results.shapes(options):
-        for dtype in DTYPES:
+        for dtype in DTYPES[writer.device.type]:
             run(writer, sizes, tag, options.rounds, dtype)
     print(f"appended to {writer.path}")
 

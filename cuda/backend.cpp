@@ -1,8 +1,10 @@
 // The CUDA backend's row of the backend table. Registering touches no driver.
 #include <string>
+#include <vector>
 
 #include "core/backend.hpp"
 #include "dequantize/dequantize.hpp"
+#include "flash_attention/flash_attention.hpp"
 #include "int8_gemm/int8_gemm.hpp"
 #include "quantize/quantize.hpp"
 #include "runtime/device.hpp"
@@ -12,21 +14,32 @@ namespace {
 
 size_t no_packed_form(int64_t, int64_t) { return 0; }
 
+void add_names(std::string& json, const char* op, const std::vector<std::string>& names) {
+  json += std::string(",\"") + op + "\":[";
+  for (const std::string& name : names) json += (json.back() == '[' ? "\"" : ",\"") + name + "\"";
+  json += "]";
+}
+
 std::string describe_backend() {
   std::string json = describe();
   json.pop_back();
-  json += ",\"int8_gemm\":[";
-  for (const std::string& name : int8_gemm_instances()) {
-    if (json.back() != '[') json += ",";
-    json += "\"" + name + "\"";
-  }
-  return json + "]}";
+  add_names(json, "int8_gemm", int8_gemm_instances());
+  add_names(json, "flash_attention", flash_attention_instances());
+  return json + "}";
 }
 
 constexpr Backend kBackend = {
-    &int8_gemm_workspace_size, &int8_gemm, &int8_gemm_describe, &int8_gemm_candidates,
-    &no_packed_form,           nullptr,    &quantize,           &dequantize,
+    &int8_gemm_workspace_size,
+    &int8_gemm,
+    &int8_gemm_describe,
+    &int8_gemm_candidates,
+    &no_packed_form,
+    nullptr,
+    &quantize,
+    &dequantize,
     &describe_backend,
+    &flash_attention_workspace_size,
+    &flash_attention,
 };
 
 [[maybe_unused]] const bool registered = register_backend(DeviceType::kCuda, kBackend);

@@ -20,6 +20,7 @@
 #include "epilogue/output.cuh"
 #include "int8_gemm/int8_gemm_kernels.hpp"
 #include "int8_gemm/partial_sums.hpp"
+#include "runtime/copy_async.cuh"
 
 namespace fastq::cuda {
 
@@ -32,23 +33,6 @@ struct Sm80Params {
   int64_t part_stride;  // int32 sums of a part of K
   OutputParams output;
 };
-
-// 16 bytes from global to shared memory, of which those past `bytes` are zeros.
-__device__ inline void copy_async_16(uint32_t shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
-               "r"(bytes));
-}
-
-// 16 bytes from global to shared memory, or 16 zeros.
-__device__ inline void copy_async_16_or_zeros(uint32_t shared, const void* global, bool is_there) {
-  asm volatile(
-      "{\n"
-      ".reg .pred absent;\n"
-      "setp.eq.u32 absent, %2, 0;\n"
-      "cp.async.cg.shared.global [%0], [%1], 16, absent;\n"
-      "}\n" ::"r"(shared),
-      "l"(global), "r"(static_cast<uint32_t>(is_there)));
-}
 
 // Neighbouring blocks take tiles of the same 8 rows of tiles, so that their operands meet in L2.
 __device__ inline int2 tile_of_block(int block, int tiles_m, int tiles_n) {
@@ -219,7 +203,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
       load_b.template copy<part, parts, is_whole>(load_stage, k_tile * kTileK, p.K);
     }
     if (part + 1 < parts) return;
-    cp_async_fence();  // an empty group keeps the count of groups in flight
+    copy_async_commit();  // an empty group keeps the count of groups in flight
     load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
   };
   const auto read_fragments = [&](int k, int stage) {
@@ -228,7 +212,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) load(_0{}, _1{}, false_type{}, first_k_tile + i);
-  cp_async_wait<kStages - 2>();
+  copy_async_wait<kStages - 2>();
   __syncthreads();
   read_fragments(0, 0);
 
@@ -239,7 +223,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
   const auto multiply = [&](int k_tile, auto is_whole) {
     for_each(make_int_sequence<kSteps>{}, [&](auto k) {
       if constexpr (k == kSteps - 1) {
-        cp_async_wait<kStages - 2>();
+        copy_async_wait<kStages - 2>();
         __syncthreads();  // the next tile has arrived, and all have read this one
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
@@ -255,7 +239,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
   for (; k_tile + kStages - 1 < whole_k_tiles; ++k_tile) multiply(k_tile, true_type{});
 #pragma unroll 1
   for (; k_tile < k_tiles; ++k_tile) multiply(k_tile, false_type{});
-  cp_async_wait<0>();
+  copy_async_wait<0>();
   auto& sums = *reinterpret_cast<typename Traits::Sums*>(shared);
   if (gridDim.y == 1) {
     sm80_write<Traits, kTileM, kTileN>(p.output, acc, m0, n0, sums);

@@ -5,13 +5,10 @@
 #include <cstdio>
 #include <string>
 
+#include "core/integers.hpp"
+#include "runtime/kernel_family.hpp"
+
 namespace fastq::cuda {
-
-enum class KernelFamily { kSm80, kSm90 };
-
-inline const char* family_name(KernelFamily family) {
-  return family == KernelFamily::kSm90 ? "sm90" : "sm80";
-}
 
 // kSwapped, kSwappedPingpong: the weight's rows are the MMA's (int8_gemm_sm90_swapped.cuh).
 enum class Schedule { kMultistage, kPingpong, kSwapped, kSwappedPingpong };
@@ -83,11 +80,6 @@ inline bool parse_config(const std::string& name, GemmConfig& c) {
   option("_blocks", c.blocks_per_sm);
   c.cluster_n = name.find("_cluster_n") != std::string::npos;
   return config_name(c) == name;
-}
-
-inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return ceil_div(value, multiple) * multiple;
 }
 
 }  // namespace fastq::cuda

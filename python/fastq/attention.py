@@ -42,13 +42,14 @@ def flash_attention(
 
     ``p(i) = i + seqlen_k - seqlen_q`` is where query i stands among the keys: the last query stands
     at the last key. A query that attends to nothing has out 0 and lse -inf. Scores, exponentials
-    and sums are float32; of bfloat16 inputs AMX rounds the exponentials to bfloat16 before their
-    product with v.
+    and sums are float32; before their product with v, CUDA rounds the exponentials to q's dtype,
+    and AMX those of bfloat16 inputs.
 
     Args:
-        q: float32, float16 or bfloat16 ``(batch, seqlen_q, num_heads, head_dim)``, or packed
-            ``(total_q, num_heads, head_dim)`` with ``cu_seqlens``. head_dim is at most 256. Any
-            strides; where head_dim's is not 1 a copy is made.
+        q: float32 (on CPUs), float16 or bfloat16 ``(batch, seqlen_q, num_heads, head_dim)``, or
+            packed ``(total_q, num_heads, head_dim)`` with ``cu_seqlens``. head_dim is at most 256.
+            Any strides; where head_dim's is not 1 a copy is made. On CUDA, rows that begin at
+            multiples of 16 bytes are read faster.
         k, v: of q's dtype, ``(batch, seqlen_k, num_heads_k, head_dim)`` or packed. num_heads_k
             divides num_heads: query head h reads key head ``h // (num_heads // num_heads_k)``.
         causal: query i attends to the keys ``j <= p(i)`` only.
@@ -59,8 +60,9 @@ def flash_attention(
         alibi_slopes: float32 ``(num_heads,)`` or ``(batch, num_heads)``.
         cu_seqlens_q, cu_seqlens_k: int32 ``(batch + 1,)`` on q's device: sequence b is the rows
             ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. Both or neither.
-        max_seqlen_q, max_seqlen_k: with cu_seqlens, no sequence is longer. None reads it from
-            them, which waits for a GPU.
+        max_seqlen_q, max_seqlen_k: with cu_seqlens, no sequence is longer (on CUDA this is not
+            checked, and queries past it are left out). None reads it from them, which waits for a
+            GPU.
         return_lse: return ``(out, lse)``.
         out: like q, to write into; no overlap with an input.
 
@@ -71,7 +73,7 @@ def flash_attention(
     Raises:
         ValueError: a shape, a size, a number, an overlap, or a tensor that requires grad.
         TypeError: a dtype, a device, or not a tensor.
-        NotImplementedError: fastq has no kernel for the device.
+        NotImplementedError: fastq has no kernel for the device and dtype.
 
     Source: FlashAttention (Dao et al., 2022), FlashAttention-2 (Dao, 2023).
     """

@@ -116,14 +116,14 @@ void tiles_fit_the_problem() {
   for (const int64_t N : {8192, 11008, 12288, 14336, 16384, 22016, 28672}) {
     const GemmConfig c = config(16, N, 4096, kH200);
     const int64_t width = c.width > 0 ? c.width : c.tile.tile_n;
-    const int64_t tiles = ceil_div(N, width) * c.split_k;
-    const int64_t turns = ceil_div(tiles, kH200.sm_count);
+    const int64_t tiles = fastq::ceil_div(N, width) * c.split_k;
+    const int64_t turns = fastq::ceil_div(tiles, kH200.sm_count);
     EXPECT(turns * kH200.sm_count * width <= N * c.split_k * 5 / 4, config_name(c));
   }
   // A small one leaves some for the next kernel, a very small one has K shared as well.
   for (const int64_t N : {256, 512, 1024, 2048, 4096}) {
     const GemmConfig c = config(16, N, 4096, kH200);
-    const int64_t blocks = ceil_div(N, c.width > 0 ? c.width : c.tile.tile_n) * c.split_k;
+    const int64_t blocks = fastq::ceil_div(N, c.width > 0 ? c.width : c.tile.tile_n) * c.split_k;
     EXPECT(blocks <= kH200.sm_count / 2 && 2 * blocks >= N / 64, config_name(c));
     EXPECT((c.split_k > 1) == (N <= 1024), config_name(c));
   }

@@ -55,12 +55,14 @@ def test_opcheck_int8_gemm_out(device):
         torch.library.opcheck(OPS.int8_gemm.out, arguments)
 
 
-def test_opcheck_flash_attention():
-    q, k, v = torch.randn(2, 5, 4, 16), torch.randn(2, 7, 2, 16), torch.randn(2, 7, 2, 16)
-    options = (0.25, True, -1, -1, 0.0, torch.rand(4), None, None, 0, 0)
+def test_opcheck_flash_attention(device):
+    q, k, v = (
+        torch.randn(2, *shape, 16).to(device, torch.bfloat16) for shape in ((5, 4), (7, 2), (7, 2))
+    )
+    options = (0.25, True, -1, -1, 0.0, torch.rand(4, device=device), None, None, 0, 0)
     torch.library.opcheck(OPS.flash_attention.default, (q, k, v, *options))
     torch.library.opcheck(OPS.flash_attention.out, (q, k, v, *options, torch.zeros_like(q)))
-    cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
     packed = (q[0], k[0, :5], v[0, :5], 0.25, False, 2, 3, 9.0, None, cu, cu, 3, 3)
     torch.library.opcheck(OPS.flash_attention.default, packed)
 

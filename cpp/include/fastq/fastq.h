@@ -229,21 +229,22 @@ FASTQ_API fastq_status fastq_dequantize(const fastq_dequantize_args* args);
  * stands among the keys: the last query stands at the last key. With causal it attends to j <=
  * p(i); with has_window, to p(i) - window_left <= j <= p(i) + window_right (a negative size: no
  * bound on that side). A query that attends to nothing has out = 0 and lse = -inf. Sums and
- * exponentials are float32; of bfloat16 inputs AMX rounds exp(s) to bfloat16 before the product
- * with v. num_heads is a multiple of num_heads_k: query head h reads key head h /
- * (num_heads / num_heads_k).
+ * exponentials are float32; before the product with v, CUDA rounds exp(s) to q's dtype, and AMX
+ * that of bfloat16 inputs. num_heads is a multiple of num_heads_k: query head h reads key head
+ * h / (num_heads / num_heads_k).
  *
  * Sequences of one length: q, out (batch, seqlen_q, num_heads, head_dim), k, v (batch, seqlen_k,
  * num_heads_k, head_dim), lse (batch, num_heads, seqlen_q). Packed, with both cu_seqlens: q, out
  * (total_q, num_heads, head_dim), k, v (total_k, num_heads_k, head_dim), lse (num_heads, total_q);
- * sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1], none longer than max_seqlen. Strides are
- * free but for head_dim's, which is 1. head_dim is at most 256.
+ * sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1], none longer than max_seqlen (a GPU does
+ * not look: queries past it are left out). Strides are free but for head_dim's, which is 1.
+ * head_dim is at most 256. On a GPU rows that begin at multiples of 16 bytes are read faster.
  *
  * Source: FlashAttention (Dao et al., 2022), FlashAttention-2 (Dao, 2023).
  */
 typedef struct fastq_flash_attention_args {
   size_t struct_size;
-  fastq_tensor q, k, v;      /* float32, float16 or bfloat16, all the same */
+  fastq_tensor q, k, v;      /* float32 (on a CPU), float16 or bfloat16, all the same */
   fastq_tensor out;          /* like q */
   fastq_tensor lse;          /* float32, natural logarithm, or absent */
   fastq_tensor cu_seqlens_q; /* int32 (batch + 1,), from 0 to at most total_q, never falling */

@@ -43,9 +43,8 @@ struct Backend {
   void (*quantize)(const QuantizeProblem&);
   void (*dequantize)(const DequantizeProblem&);
   std::string (*describe)();  // a JSON object for fastq_describe
-  // Null where there is no kernel yet.
-  size_t (*flash_attention_workspace_size)(const FlashAttentionProblem&) = nullptr;
-  void (*flash_attention)(const FlashAttentionProblem&, Workspace& workspace) = nullptr;
+  size_t (*flash_attention_workspace_size)(const FlashAttentionProblem&);
+  void (*flash_attention)(const FlashAttentionProblem&, Workspace& workspace);
 };
 
 // Called once per backend from a static initialiser; must not touch a device.

@@ -202,22 +202,13 @@ std::optional<FlashAttentionProblem> checked(const fastq_flash_attention_args& a
   return p;
 }
 
-const Backend& attention_backend(const fastq_flash_attention_args& args) {
-  const Backend& backend = backend_for(device_of(args.q), kOp);
-  if (backend.flash_attention == nullptr) {
-    not_implemented(std::string(kOp) + ": q is on " + device_name(args.q) +
-                    ", where fastq has no kernel for it yet; it runs on cpu");
-  }
-  return backend;
-}
-
 }  // namespace
 
 size_t flash_attention_workspace_size(const fastq_flash_attention_args& caller) {
   fastq_flash_attention_args space;
   const auto& args = known_struct(kOp, caller, kLeastArgs, space);
   const std::optional<FlashAttentionProblem> p = checked(args);
-  return p ? attention_backend(args).flash_attention_workspace_size(*p) : 0;
+  return p ? backend_for(device_of(args.q), kOp).flash_attention_workspace_size(*p) : 0;
 }
 
 void flash_attention(const fastq_flash_attention_args& caller) {
@@ -226,7 +217,7 @@ void flash_attention(const fastq_flash_attention_args& caller) {
   const std::optional<FlashAttentionProblem> p = checked(args);
   if (!p) return;
   Workspace workspace(args.workspace, args.workspace_size, args.allocate, args.allocate_context);
-  attention_backend(args).flash_attention(*p, workspace);
+  backend_for(device_of(args.q), kOp).flash_attention(*p, workspace);
 }
 
 }  // namespace fastq

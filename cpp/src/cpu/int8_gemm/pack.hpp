@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/integers.hpp"
 #include "cpu/int8_gemm/kernels.hpp"
 
 namespace fastq::cpu {
@@ -23,10 +24,6 @@ struct PackedHeader {
   uint8_t reserved[32];
 };
 static_assert(sizeof(PackedHeader) == 64, "the header is part of the packed form");
-
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // Bytes of one column block: from the first block of 16 columns to the next.
 constexpr int64_t packed_block_stride(int64_t K) { return round_up(K, kBlockK) * kBlockN; }
