@@ -1,5 +1,8 @@
 #include "flash_attention/flash_attention.hpp"
 
+#include <algorithm>
+#include <cstdlib>
+
 #include "core/error.hpp"
 #include "flash_attention/flash_attention_kernels.hpp"
 
@@ -11,11 +14,57 @@ std::vector<AttentionKernel>& kernels() {
   return list;
 }
 
+// Why the kernels for Hopper do not take a problem, or an empty string.
+std::string sm90_problem(const FlashAttentionProblem& p) {
+  const DeviceProps& props = device_props(p.device_index);
+  if (props.cc_major != 9) return "the GPU is no Hopper";
+  if (!built_for_sm90a()) return "this build has no code for sm_90a";
+  if (p.softcap > 0 || p.alibi_slopes != nullptr || p.softmax_scale < 0) {
+    return "softcap, ALiBi and negative scales are left to sm80";
+  }
+  if (p.rows_k == 0) return "there are no keys";
+  // TMA reads rows from multiples of 16 bytes, less than 2^40 bytes apart.
+  for (const AttentionTensor* t : {&p.q, &p.k, &p.v}) {
+    const int64_t longest = std::max({t->stride_batch, t->stride_seqlen, t->stride_head});
+    if (p.head_dim % 8 != 0 || !is_aligned(*t, 8) || longest >= int64_t{1} << 39) {
+      return "rows do not begin at multiples of 16 bytes";
+    }
+  }
+  return "";
+}
+
+// FASTQ_KERNELS may name a family; a configuration of another op has no effect here.
 const AttentionKernel& choose(const FlashAttentionProblem& p) {
+  if (p.seqlen_q + p.seqlen_k > INT32_MAX) {
+    not_implemented("flash_attention: sequences of " + std::to_string(p.seqlen_q) + " and " +
+                    std::to_string(p.seqlen_k) + " tokens, expected at most 2147483647 on CUDA");
+  }
+  const char* variable = std::getenv("FASTQ_KERNELS");
+  const std::string forced = variable != nullptr ? variable : "";
+  KernelFamily family = KernelFamily::kSm80;
+  if (forced != "sm80") {
+    const std::string problem = sm90_problem(p);
+    if (problem.empty()) family = KernelFamily::kSm90;
+    if (forced == "sm90" && !problem.empty()) {
+      not_implemented("flash_attention: FASTQ_KERNELS=sm90, but " + problem);
+    }
+  }
+  // Large tiles are faster, but a mask makes them compute scores that they drop, and there may be
+  // too few of them. On an H200 the two of head_dim 64 meet between 1024 and 2048 keys.
+  const bool is_masked = p.window_left >= 0 || p.window_right >= 0;
+  const auto prefers = [&](const AttentionKernel& x, const AttentionKernel& y) {
+    if (x.head_dim != y.head_dim) return x.head_dim < y.head_dim;
+    const int largest = std::max(x.tile_m, y.tile_m);
+    const bool fills = p.batch * p.num_heads * ceil_div(p.seqlen_q, largest) >=
+                       device_props(p.device_index).sm_count;
+    return fills && !(is_masked && p.seqlen_k <= 1536) ? x.tile_m > y.tile_m : x.tile_m < y.tile_m;
+  };
   const AttentionKernel* best = nullptr;
   for (const AttentionKernel& kernel : kernels()) {
-    if (kernel.dtype != p.dtype || kernel.head_dim < p.head_dim) continue;
-    if (best == nullptr || kernel.head_dim < best->head_dim) best = &kernel;
+    if (kernel.family != family || kernel.dtype != p.dtype || kernel.head_dim < p.head_dim) {
+      continue;
+    }
+    if (best == nullptr || prefers(kernel, *best)) best = &kernel;
   }
   if (best == nullptr) {
     not_implemented("flash_attention: q has dtype " + std::string(dtype_name(p.dtype)) +
@@ -24,8 +73,10 @@ const AttentionKernel& choose(const FlashAttentionProblem& p) {
   return *best;
 }
 
-[[maybe_unused]] const bool registered = register_loader([](const DeviceProps&) {
-  for (const AttentionKernel& kernel : kernels()) kernel.load();
+[[maybe_unused]] const bool registered = register_loader([](const DeviceProps& props) {
+  for (const AttentionKernel& kernel : kernels()) {
+    if (kernel.family == KernelFamily::kSm80 || props.cc_major == 9) kernel.load();
+  }
 });
 
 }  // namespace
@@ -44,21 +95,20 @@ unsigned attention_grid(int64_t blocks) {
 }
 
 size_t flash_attention_workspace_size(const FlashAttentionProblem& p) {
-  choose(p);
-  return 0;
+  return choose(p).workspace_size;
 }
 
-void flash_attention(const FlashAttentionProblem& p, Workspace&) {
+void flash_attention(const FlashAttentionProblem& p, Workspace& workspace) {
   const AttentionKernel& kernel = choose(p);
   const DeviceGuard guard(p.device_index);
-  kernel.launch(p);
+  kernel.launch(p, workspace.get("flash_attention", kernel.workspace_size));
 }
 
 std::vector<std::string> flash_attention_instances() {
   std::vector<std::string> names;
   for (const AttentionKernel& kernel : kernels()) {
     names.push_back(std::string(family_name(kernel.family)) + "/" + dtype_name(kernel.dtype) + "_" +
-                    std::to_string(kernel.head_dim));
+                    std::to_string(kernel.head_dim) + "x" + std::to_string(kernel.tile_m));
   }
   return names;
 }

@@ -2,6 +2,7 @@
 // flash_attention.cpp looks its choice up.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/integers.hpp"
@@ -15,17 +16,20 @@ struct AttentionKernel {
   KernelFamily family;
   DType dtype;
   int head_dim;  // and every smaller one
-  void (*launch)(const FlashAttentionProblem&);
+  int tile_m;    // queries
+  size_t workspace_size;
+  void (*launch)(const FlashAttentionProblem&, void* workspace);
   void (*load)();  // on the current device, with its shared-memory limit raised
 };
 
 // Called from static initialisers.
 bool register_attention_kernel(const AttentionKernel& kernel);
 
-// Rows of head_dim 16-bit elements begin at multiples of 16 bytes.
-inline bool is_vectorizable(const AttentionTensor& t) {
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride_batch % 8 == 0 &&
-         t.stride_seqlen % 8 == 0 && t.stride_head % 8 == 0;
+// Rows of 16-bit elements begin at multiples of so many.
+inline bool is_aligned(const AttentionTensor& t, int elements) {
+  return reinterpret_cast<uintptr_t>(t.data) % (2 * elements) == 0 &&
+         t.stride_batch % elements == 0 && t.stride_seqlen % elements == 0 &&
+         t.stride_head % elements == 0;
 }
 
 // The grid for so many blocks; an error where it cannot hold them.

@@ -305,7 +305,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
       float rescale[2];
-      softmax[m].step(s[m], score_factor(p), rescale);
+      const bool rescales = softmax[m].refer(s[m], score_factor(p), rescale);
+      softmax[m].exponentiate(s[m], score_factor(p));
 #pragma unroll
       for (int n = 0; n < kTileN / 16; ++n) {
 #pragma unroll
@@ -315,8 +316,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
           exponentials[m][n][i] = not_hoisted(pack(x[0], x[1], T{}));
         }
       }
-      // Mostly no row of the warp has found a larger score.
-      if (!__any_sync(0xffffffffu, rescale[0] != 1 || rescale[1] != 1)) continue;
+      if (!rescales) continue;
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
 #pragma unroll
@@ -349,15 +349,14 @@ __global__ void __launch_bounds__(Traits::kThreads)
   float scale[kRowTiles][2];
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
-    float lse[2];
-    softmax[m].finish(its, query + 16 * m, scale[m], lse);
+    softmax[m].finish(its, query + 16 * m, scale[m]);
     if (p.lse == nullptr || threadIdx.x % 4 != 0) continue;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = query + 16 * m + 8 * half;
       if (row >= its.seqlen_q) continue;
       p.lse[its.batch * p.stride_lb + its.head * p.stride_lh +
-            (int64_t{its.begin_q} + row) * p.stride_lq] = lse[half];
+            (int64_t{its.begin_q} + row) * p.stride_lq] = softmax[m].lse(half);
     }
   }
   if (first_query + warp_row < its.seqlen_q) {
@@ -376,15 +375,15 @@ struct Sm80Attention {
           "loading an sm_80 attention kernel");
   }
 
-  static void launch(const FlashAttentionProblem& p) {
+  static void launch(const FlashAttentionProblem& p, void*) {
     Sm80AttentionParams params{};
     params.problem = p;
     params.tiles_m = static_cast<int>(ceil_div(p.seqlen_q, Traits::kTileM));
     params.group = static_cast<int>(p.num_heads / p.num_heads_k);
     const bool whole_chunks = p.head_dim % 8 == 0;
     params.is_vectorizable =
-        whole_chunks && is_vectorizable(p.q) && is_vectorizable(p.k) && is_vectorizable(p.v);
-    params.out_is_vectorizable = whole_chunks && is_vectorizable(p.out);
+        whole_chunks && is_aligned(p.q, 8) && is_aligned(p.k, 8) && is_aligned(p.v, 8);
+    params.out_is_vectorizable = whole_chunks && is_aligned(p.out, 8);
     const int64_t blocks = p.batch * p.num_heads * params.tiles_m;
     kKernel<<<attention_grid(blocks), Traits::kThreads, Traits::kSmemBytes,
               static_cast<cudaStream_t>(p.stream)>>>(params);
@@ -395,7 +394,7 @@ struct Sm80Attention {
     constexpr DType dtype =
         std::is_same_v<typename Traits::T, __half> ? DType::kFloat16 : DType::kBFloat16;
     return register_attention_kernel(
-        {KernelFamily::kSm80, dtype, Traits::kHeadDim, &launch, &load});
+        {KernelFamily::kSm80, dtype, Traits::kHeadDim, Traits::kTileM, 0, &launch, &load});
   }
 };
 

@@ -29,7 +29,7 @@ struct QueryTile {
   int batch, head, head_k;
   int first, seqlen_q, seqlen_k;
   int begin_q, begin_k;  // of packed sequences: their first rows
-  int64_t left, right;   // the window; negative: no bound
+  int left, right;       // the window; negative: no bound
 
   // `group` heads share a key head. False where the sequence is over.
   __device__ bool set(const FlashAttentionProblem& p, int group, int batch_, int head_,
@@ -43,19 +43,20 @@ struct QueryTile {
       seqlen_q = p.cu_seqlens_q[batch + 1] - begin_q;
       seqlen_k = p.cu_seqlens_k[batch + 1] - begin_k;
     }
-    left = p.window_left, right = p.window_right;
+    // No further than the sequence, lest sums overflow.
+    left = static_cast<int>(min(p.window_left, int64_t{seqlen_k}));
+    right = static_cast<int>(min(p.window_right, int64_t{seqlen_q}));
     return first < seqlen_q;
   }
 
   // Where a query stands among the keys.
-  __device__ int64_t position(int query) const { return int64_t{query} + seqlen_k - seqlen_q; }
+  __device__ int position(int query) const { return query - seqlen_q + seqlen_k; }
   // The keys it attends to.
   __device__ int first_key(int query) const {
-    return left < 0 ? 0 : static_cast<int>(max(position(query) - left, int64_t{0}));
+    return left < 0 ? 0 : max(position(query) - left, 0);
   }
   __device__ int last_key(int query) const {  // one past
-    if (right < 0) return seqlen_k;
-    return static_cast<int>(max(min(position(query) + right + 1, int64_t{seqlen_k}), int64_t{0}));
+    return right < 0 ? seqlen_k : max(min(position(query) + right + 1, seqlen_k), 0);
   }
 
   // Row `row` of the sequence.
@@ -92,8 +93,8 @@ __device__ inline float alibi_slope(const FlashAttentionProblem& p, const QueryT
 // Scores of 16 rows become exponents of 2: scaled, capped, less the slope times the distance.
 // `distance` is from this lane's first query to the first key.
 template <int kTilesN>
-__device__ inline void transform_scores(const FlashAttentionProblem& p, float slope, float distance,
-                                        float (&s)[kTilesN][4]) {
+__device__ __forceinline__ void transform_scores(const FlashAttentionProblem& p, float slope,
+                                                 float distance, float (&s)[kTilesN][4]) {
   distance -= threadIdx.x % 4 * 2;
   const float scale = p.softmax_scale * kLog2e, cap = p.softcap * kLog2e;
   if (p.softcap > 0) {
@@ -123,75 +124,122 @@ __device__ inline void transform_scores(const FlashAttentionProblem& p, float sl
 
 // Scores of keys that a query does not attend to become -inf.
 template <int kTilesN>
-__device__ inline void mask_scores(const QueryTile& tile, int first_query, int key,
-                                   float (&s)[kTilesN][4]) {
+__device__ __forceinline__ void mask_scores(const QueryTile& tile, int first_query, int key,
+                                            float (&s)[kTilesN][4]) {
   const int query = not_hoisted(first_query);
   const int column = key + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int first = tile.first_key(query + 8 * half) - column;
     const int last = tile.last_key(query + 8 * half) - column;
 #pragma unroll
     for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int at = 8 * j + i;
-        if (at < first || at >= last) s[j][2 * half + i] = -INFINITY;
+        if (8 * j + i >= last) s[j][2 * half + i] = -INFINITY;
+      }
+    }
+    if (tile.left < 0) continue;
+    const int first = tile.first_key(query + 8 * half) - column;
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (8 * j + i < first) s[j][2 * half + i] = -INFINITY;
       }
     }
   }
 }
 
 // The running softmax of this lane's two of 16 rows.
+//
+// Exponentials are relative to a reference, which need not be the largest score: it is replaced
+// only by one that is 2^kSlack times as large. So blocks after the first few need neither a
+// reduction over the lanes of a row nor new sums and outputs. Each row decides for itself, whatever
+// the others do.
 struct RowSoftmax {
-  float max[2] = {-INFINITY, -INFINITY};  // exponents of 2
-  float sum[2] = {0, 0};                  // of this lane's columns alone
+  static constexpr float kSlack = 8;            // 2^8 is far from float16's largest
+  float reference[2] = {-INFINITY, -INFINITY};  // exponents of 2
+  float sum[2] = {0, 0};                        // of this lane's columns alone
 
-  // Scores become exponentials; `rescale` is what the sums so far have been multiplied by.
+  // Takes a block's scores into account. True where the warp's outputs so far must be multiplied by
+  // `rescale`, as the sums have been.
   template <int kTilesN>
-  __device__ void step(float (&s)[kTilesN][4], float factor, float (&rescale)[2]) {
+  __device__ __forceinline__ bool refer(const float (&s)[kTilesN][4], float factor,
+                                        float (&rescale)[2]) {
+    float most[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float most = s[0][2 * half];
+      float columns[2] = {s[0][2 * half], s[0][2 * half + 1]};
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j) {
-        most = fmaxf(most, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+      for (int j = 1; j < kTilesN; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) columns[i] = fmaxf(columns[i], s[j][2 * half + i]);
       }
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      most = fmaxf(max[half], most * factor);
-      // Where there has been nothing to attend to, every exponential is 0.
-      const float origin = most == -INFINITY ? 0.0f : most;
-      rescale[half] = fast_exp2(max[half] - origin);
-      max[half] = most;
-      float total = 0;
+      most[half] = fmaxf(columns[0], columns[1]);
+    }
+    const bool is_large =
+        most[0] * factor > reference[0] + kSlack || most[1] * factor > reference[1] + kSlack;
+    const bool replaces = __any_sync(0xffffffffu, is_large);
+    if (replaces) {
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[j][2 * half + i];
-          x = fast_exp2(fmaf(x, factor, -origin));
-          total += x;
+      for (int half = 0; half < 2; ++half) {
+        float x = most[half];
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2)) * factor;
+        rescale[half] = 1;
+        if (x > reference[half] + kSlack) {
+          rescale[half] = fast_exp2(reference[half] - x);
+          reference[half] = x;
         }
+        sum[half] *= rescale[half];
       }
-      sum[half] = fmaf(sum[half], rescale[half], total);
+    }
+    return replaces;
+  }
+
+  // The scores, which have been referred to, become exponentials.
+  template <int kTilesN>
+  __device__ __forceinline__ void exponentiate(float (&s)[kTilesN][4], float factor) {
+    // Where there has been nothing to attend to, every exponential is 0.
+    const float origin[2] = {reference[0] == -INFINITY ? 0.0f : reference[0],
+                             reference[1] == -INFINITY ? 0.0f : reference[1]};
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] = fast_exp2(fmaf(s[j][i], factor, -origin[i / 2]));
+    }
+    // Several sums at a time: an exponential's latency is that of many additions.
+    float total[2][4] = {};
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i / 2][j % 2 * 2 + i % 2] += s[j][i];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float (&t)[4] = total[half];
+      sum[half] += (t[0] + t[1]) + (t[2] + t[3]);
     }
   }
 
-  // What the outputs of both rows are multiplied by in the end, and the natural logarithm of the
-  // sum of exponentials.
-  __device__ void finish(const QueryTile& tile, int query, float (&scale)[2], float (&lse)[2]) {
+  // What the outputs of both rows are multiplied by in the end.
+  __device__ __forceinline__ void finish(const QueryTile& tile, int query, float (&scale)[2]) {
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance *= 2) {
+#pragma unroll
+      for (float& x : sum) x += __shfl_xor_sync(0xffffffffu, x, distance);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float total = sum[half];
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
-      const int row = query + 8 * half;
-      const bool attends = tile.first_key(row) < tile.last_key(row);
-      scale[half] = attends ? 1 / total : 0.0f;
-      lse[half] = attends ? (max[half] + log2f(total)) / kLog2e : -INFINITY;
+      scale[half] = __fdividef(1, sum[half]);
+      if (reference[half] == -INFINITY) {  // rarely; scores that are there may all be -inf
+        const int row = query + 8 * half;
+        if (tile.first_key(row) >= tile.last_key(row)) scale[half] = 0;
+      }
     }
   }
+  // The natural logarithm of a row's sum of exponentials, after finish.
+  __device__ float lse(int half) const { return (reference[half] + __log2f(sum[half])) / kLog2e; }
 };
 
 __device__ inline uint32_t pack(float low, float high, __half) {

@@ -446,8 +446,8 @@ struct Sm90SwappedGemm {
     params.cluster_n = c.cluster_n;
     params.box_m = static_cast<int>(cluster_n > 1 ? kTokens : std::min<int64_t>(kTokens, p.M));
     params.box_n = static_cast<int>(cluster_m > 1 ? width : std::min<int64_t>(width, p.N));
-    params.a = cached_operand_map({launch.a, p.M, p.K, launch.ld_a, params.box_m / cluster_n});
-    params.b = cached_operand_map({launch.b, p.N, p.K, launch.ld_b, params.box_n / cluster_m});
+    params.a = cached_operand_map(launch.a, p.M, p.K, launch.ld_a, params.box_m / cluster_n);
+    params.b = cached_operand_map(launch.b, p.N, p.K, launch.ld_b, params.box_n / cluster_m);
     params.tiles_m = static_cast<int>(ceil_div(p.M, kTokens * cluster_m));
     params.tiles_n = static_cast<int>(ceil_div(p.N, width * cluster_n));
     // Neighbouring multiprocessors get channels fastest that both need. Many rows of tiles would

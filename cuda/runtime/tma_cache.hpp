@@ -4,6 +4,7 @@
 // is in its key, so each is kept: weights, and buffers that the allocator gives again.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -14,12 +15,10 @@ namespace fastq::cuda {
 // All that a descriptor of a given type depends on.
 struct TmaKey {
   const void* data = nullptr;
-  int64_t rows = 0, cols = 0, ld = 0;
-  int box_rows = 0;  // where the type does not fix the box
+  std::array<int64_t, 8> layout = {};  // sizes, strides and the box, in an order of the type's
 
   friend bool operator==(const TmaKey& x, const TmaKey& y) {
-    return x.data == y.data && x.rows == y.rows && x.cols == y.cols && x.ld == y.ld &&
-           x.box_rows == y.box_rows;
+    return x.data == y.data && x.layout == y.layout;
   }
 };
 
@@ -34,12 +33,11 @@ Descriptor cached_tma(const TmaKey& key, const Make& make) {
   };
   static thread_local std::vector<Slot> slots(kSlots);
   uint64_t hash = reinterpret_cast<uintptr_t>(key.data) >> 4;
-  hash ^= static_cast<uint64_t>(key.rows) * 0x9E3779B97F4A7C15u;
-  hash ^= static_cast<uint64_t>(key.cols) * 0xC2B2AE3D27D4EB4Fu;
-  hash ^= static_cast<uint64_t>(key.ld) * 0x165667B19E3779F9u;
-  hash ^= static_cast<uint64_t>(key.box_rows) * 0x27D4EB2F165667C5u;
-  hash *= 0x9E3779B97F4A7C15u;
-  Slot& slot = slots[hash >> 54];
+  for (const int64_t x : key.layout) {
+    hash = (hash ^ static_cast<uint64_t>(x)) * 0x9E3779B97F4A7C15u;
+    hash ^= hash >> 32;
+  }
+  Slot& slot = slots[hash % kSlots];
   if (slot.key.data == nullptr || !(slot.key == key)) {
     slot.descriptor = make();
     slot.key = key;

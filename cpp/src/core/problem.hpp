@@ -85,6 +85,7 @@ constexpr int64_t kMaxHeadDim = 256;
 struct FlashAttentionProblem {
   int64_t batch = 0;
   int64_t seqlen_q = 0, seqlen_k = 0;  // the longest, where sequences are packed
+  int64_t rows_q = 0, rows_k = 0;      // of the tensors, for each of their batch entries
   int64_t num_heads = 0, num_heads_k = 0, head_dim = 0;
   DType dtype = DType::kFloat32;
   AttentionTensor q, k, v, out;

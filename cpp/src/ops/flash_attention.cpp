@@ -151,6 +151,7 @@ std::optional<FlashAttentionProblem> checked(const fastq_flash_attention_args& a
   p.batch = s.batch;
   p.seqlen_q = s.is_packed ? args.max_seqlen_q : s.rows_q;
   p.seqlen_k = s.is_packed ? args.max_seqlen_k : s.rows_k;
+  p.rows_q = s.rows_q, p.rows_k = s.rows_k;
   p.num_heads = s.num_heads, p.num_heads_k = s.num_heads_k, p.head_dim = s.head_dim;
   p.dtype = dtype_of(args.q);
   p.q = attention_tensor(args.q), p.k = attention_tensor(args.k), p.v = attention_tensor(args.v);

@@ -1,0 +1,404 @@
+// FlashAttention's forward pass for Hopper (sm_90a), by WGMMA and TMA.
+//
+//   block      one producer thread hands out tiles and brings their queries, another brings k and v
+//              in rings of two stages, v one turn late. Two or three consumer warpgroups have 64
+//              queries each; scores, exponentials and outputs stay in registers.
+//   overlap    a warpgroup issues QK^T of a block of keys together with PV of the one before, also
+//              from one tile to the next. Warpgroups take turns in issuing (ping-pong): one has the
+//              tensor cores while another has the exponentials.
+//   grid       persistent. Tiles that cost most come first; where they differ, a counter hands them
+//              out. Few heads at a time, whose k and v fit in L2.
+//   edges      TMA fills what lies past the tensors with zeros. Packed sequences end where the next
+//              one begins: its keys are masked, and its values zeroed, as 0 * NaN is NaN.
+//
+// Template parameters are the dtype, head_dim (rounded up) and the keys of a block; all else is a
+// run-time branch outside the loops over registers, as in flash_attention_sm80.cuh.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "flash_attention/attention_wgmma.cuh"
+#include "flash_attention/flash_attention_kernels.hpp"
+#include "flash_attention/flash_attention_sm90_producers.cuh"
+#include "runtime/tma.hpp"
+
+namespace fastq::cuda {
+
+// What is the same in every lane, as the compiler cannot tell.
+__device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// Outputs of this lane's two rows. Four lanes have a row: of each 32 columns they exchange eight
+// times two for eight in a row, which is a store of 16 bytes. (Stores of 4 bytes take longer than
+// all this.)
+template <class Traits>
+__device__ __forceinline__ void store_outputs(const Sm90AttentionParams& params,
+                                              const QueryTile& tile, int query,
+                                              const float (&o)[Traits::kHeadDim / 8][4],
+                                              const float (&scale)[2]) {
+  using T = typename Traits::T;
+  constexpr int kWords = Traits::kHeadDim / 8;
+  uint32_t x[2][kWords];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      x[half][j] = pack(o[j][2 * half] * scale[half], o[j][2 * half + 1] * scale[half], T{});
+    }
+  }
+  const int lane = threadIdx.x % 4;
+  const int head_dim = static_cast<int>(params.problem.head_dim);
+  uint16_t* const out = tile.row_of<uint16_t>(params.problem.out, tile.begin_q, query, tile.head);
+  const int64_t next = 8 * params.problem.out.stride_seqlen;  // the second row
+  const int rows = tile.seqlen_q - query;
+  if (params.out_is_vectorizable) {
+    // Transposes words 4 by 4, all of them at a time: a shuffle has a long latency.
+#pragma unroll
+    for (int step = 1; step <= 2; step *= 2) {
+      const bool is_upper = (lane & step) != 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t got[kWords];
+#pragma unroll
+        for (int j = 0; j < kWords; ++j) {
+          if ((j & step) == 0) {
+            const uint32_t given = is_upper ? x[half][j] : x[half][j + step];
+            got[j] = __shfl_xor_sync(0xffffffffu, given, step);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kWords; ++j) {
+          if ((j & step) == 0) {
+            x[half][j] = is_upper ? got[j] : x[half][j];
+            x[half][j + step] = is_upper ? x[half][j + step] : got[j];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int j = 0; j < kWords; j += 4) {
+        const int d = 8 * (j + lane);
+        const uint32_t (&y)[kWords] = x[half];
+        if (8 * half < rows && d < head_dim) {
+          *reinterpret_cast<uint4*>(out + half * next + d) =
+              make_uint4(y[j], y[j + 1], y[j + 2], y[j + 3]);
+        }
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int d = 8 * j + 2 * lane + i;
+        if (8 * half < rows && d < head_dim) {
+          out[half * next + d] = static_cast<uint16_t>(x[half][j] >> 16 * i);
+        }
+      }
+    }
+  }
+}
+
+// Rows of v that are another sequence's become zeros; every warpgroup does it for itself.
+template <class Traits>
+__device__ inline void zero_rows(typename Traits::KeyPanel (&panels)[Traits::kPanels], int first,
+                                 int warpgroup) {
+  for (int i = threadIdx.x % 128; i < (Traits::kTileN - first) * 8; i += 128) {
+    for (auto& panel : panels) {
+      reinterpret_cast<uint4*>(panel[first])[i] = make_uint4(0, 0, 0, 0);
+    }
+  }
+  cutlass::arch::fence_view_async_shared();
+  cutlass::arch::NamedBarrier::sync(128, 4 + warpgroup);
+}
+
+template <class Traits>
+__device__ inline void attention_consume(const Sm90AttentionParams& params,
+                                         typename Traits::Shared& shared) {
+  using T = typename Traits::T;
+  using cutlass::arch::NamedBarrier;
+  constexpr int kTileN = Traits::kTileN, kHeadDim = Traits::kHeadDim, kStages = Traits::kStages;
+  const FlashAttentionProblem& p = params.problem;
+  const int warpgroup = uniform(threadIdx.x / 128 - 1);
+  const bool signals = threadIdx.x % 128 == 0;
+  const int row = 64 * warpgroup + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;  // its first
+  const uint32_t q_rows = wgmma_address(shared.q[0][warpgroup]);
+  const uint32_t k_rows = wgmma_address(shared.k), v_rows = wgmma_address(shared.v);
+  constexpr uint32_t kStage = wgmma_offset(kTileN) * Traits::kPanels;
+  constexpr int kFirstSteps = kTileN / 16 / (Traits::kSplitsOutputs ? 2 : 1);
+  constexpr uint32_t kQueryStage = wgmma_offset(Traits::kTileM) * Traits::kPanels;
+
+  const float factor = score_factor(p);
+  float o[kHeadDim / 8][4] = {}, s[kTileN / 8][4] = {}, rescale[2];
+  uint32_t exponentials[kTileN / 16][4];
+  RowSoftmax softmax;
+  bool rescales = false;
+  bool has_scores = false;    // exponentials in s that have not been multiplied with v
+  bool has_products = false;  // PV has been issued, and its stage of v not been released
+  int used = 0;               // blocks of keys so far, that in s included
+  int queries = 0;            // tiles with keys so far, without the one at hand
+
+  const auto stage_of = [](int number) { return uniform(number % kStages); };
+  const auto release = [&](typename Traits::Ring& ring, int number) {
+    if (signals) ring.empty[number % kStages].arrive();
+  };
+  // Its turn to issue products, and the next warpgroup's.
+  const auto take_turn = [&] { NamedBarrier::sync(256, warpgroup); };
+  const auto pass_turn = [&] {
+    NamedBarrier::arrive(256, warpgroup + 1 == Traits::kWarpgroups ? 0 : warpgroup + 1);
+  };
+  const auto wait_products = [&](int number) __attribute__((always_inline)) {
+    cute::warpgroup_wait<0>();
+    wgmma_fence(o);
+    if (has_products) release(shared.v_ring, number);
+    has_products = false;
+  };
+  // The exponentials in s become PV's operand, which the product before has used till now. (At the
+  // loop's beginning, and not at its end: ptxas would wait for that product before the exponentials
+  // are computed.)
+  const auto take_exponentials = [&]() __attribute__((always_inline)) {
+    wait_products(used - 2);
+    wgmma_fence(s);
+#pragma unroll
+    for (int n = 0; n < kTileN / 16; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* const x = s[2 * n + i / 2] + i % 2 * 2;
+        exponentials[n][i] = pack(x[0], x[1], T{});
+      }
+    }
+    if (!rescales) return;
+#pragma unroll
+    for (auto& x : o) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] *= rescale[i / 2];
+    }
+  };
+  const auto issue_scores = [&](int number) __attribute__((always_inline)) {
+    shared.k_ring.full[number % kStages].wait(number / kStages % 2);
+    wgmma_fence(s);
+    cute::warpgroup_arrive();
+    const uint32_t q = q_rows + uniform(queries % Traits::kQueryStages) * kQueryStage;
+    scores_wgmma<T, kHeadDim>(q, 64, k_rows + stage_of(number) * kStage, s);
+    cute::warpgroup_commit_batch();
+  };
+  const auto issue_outputs = [&](int number) __attribute__((always_inline)) {
+    if (has_scores) shared.v_ring.full[number % kStages].wait(number / kStages % 2);
+    wgmma_fence(o);
+    wgmma_fence(exponentials);
+    cute::warpgroup_arrive();
+    output_wgmma<T, 0, kFirstSteps>(exponentials, v_rows + stage_of(number) * kStage, o);
+    cute::warpgroup_commit_batch();
+    has_products = has_scores;
+  };
+  const auto issue_more_outputs = [&](int number) __attribute__((always_inline)) {
+    cute::warpgroup_arrive();
+    output_wgmma<T, kFirstSteps, kTileN / 16>(exponentials, v_rows + stage_of(number) * kStage, o);
+    cute::warpgroup_commit_batch();
+  };
+  const auto begin_outputs = [&]() __attribute__((always_inline)) {
+    softmax = RowSoftmax{};
+#pragma unroll
+    for (auto& x : o) {
+#pragma unroll
+      for (float& y : x) y = 0;
+    }
+  };
+  // What becomes of a tile whose products are complete.
+  const auto finish = [&](int number) __attribute__((always_inline)) {
+    const QueryTile tile = shared.tiles[number % kStages].queries;
+    const int query = tile.first + row;
+    float scale[2];
+    softmax.finish(tile, query, scale);
+    if (p.lse != nullptr && threadIdx.x % 4 == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (query + 8 * half >= tile.seqlen_q) continue;
+        p.lse[tile.batch * p.stride_lb + tile.head * p.stride_lh +
+              (int64_t{tile.begin_q} + query + 8 * half) * p.stride_lq] = softmax.lse(half);
+      }
+    }
+    store_outputs<Traits>(params, tile, query, o, scale);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) shared.tile_ring.empty[number % kStages].arrive();
+  };
+
+  if (warpgroup == Traits::kWarpgroups - 1) pass_turn();
+#pragma unroll 1
+  for (int number = 0;; ++number) {
+    const Sm90AttentionTile& tile = shared.tiles[number % kStages];
+    shared.tile_ring.full[number % kStages].wait(number / kStages % 2);
+    const int begin = uniform(tile.begin), end = uniform(tile.end);
+    const int whole_begin = uniform(tile.whole_begin), whole_end = uniform(tile.whole_end);
+    const bool is_last = uniform(tile.is_last) != 0;
+    if (is_last || begin >= end) {
+      take_exponentials();
+      issue_outputs(used - 1);
+      if constexpr (Traits::kSplitsOutputs) issue_more_outputs(used - 1);
+      wait_products(used - 1);
+      if (has_scores) finish(number - 1);
+      begin_outputs();
+      has_scores = false;
+      if (is_last) break;
+      finish(number);  // zeros
+      continue;
+    }
+
+    // Scores of a block, and PV of the one before.
+    const auto issue = [&]() __attribute__((always_inline)) {
+      ++used;
+      take_turn();
+      issue_scores(used - 1);
+      issue_outputs(used - 2);
+      pass_turn();
+    };
+    const auto take_scores = [&](int block) __attribute__((always_inline)) {
+      wgmma_fence(s);
+      release(shared.k_ring, used - 1);
+      if (block > begin) return;
+      if (signals) shared.empty_q[queries % Traits::kQueryStages][warpgroup].arrive();
+      ++queries;
+    };
+    const auto mask = [&](int block) __attribute__((always_inline)) {
+      const QueryTile& queries = tile.queries;
+      mask_scores(queries, queries.first + row, block * kTileN, s);
+    };
+    const auto is_whole = [&](int block) {
+      return block * kTileN >= whole_begin && (block + 1) * kTileN <= whole_end;
+    };
+
+    // The first block, and the last of the tile before; of anything where there is none.
+    shared.full_q[queries % Traits::kQueryStages][warpgroup].wait(queries / Traits::kQueryStages %
+                                                                  2);
+    int block = end - 1;
+    take_exponentials();
+    issue();
+    if constexpr (Traits::kSplitsOutputs) issue_more_outputs(used - 2);
+    wait_products(used - 2);
+    take_scores(block);
+    if (has_scores) finish(number - 1);
+    begin_outputs();
+    has_scores = true;
+    if (!is_whole(block)) mask(block);
+    rescales = softmax.refer(s, factor, rescale);
+    softmax.exponentiate(s, factor);
+    const int tail = tile.queries.seqlen_k - block * kTileN;
+    if (p.cu_seqlens_k != nullptr && tail < kTileN) {
+      shared.v_ring.full[(used - 1) % kStages].wait((used - 1) / kStages % 2);
+      zero_rows<Traits>(shared.v[(used - 1) % kStages], tail, warpgroup);
+    }
+#pragma unroll 1
+    for (--block; block >= begin; --block) {
+      take_exponentials();
+      issue();
+      cute::warpgroup_wait<1>();
+      take_scores(block);
+      if (!is_whole(block)) mask(block);
+      rescales = softmax.refer(s, factor, rescale);
+      if constexpr (Traits::kSplitsOutputs) issue_more_outputs(used - 2);
+      softmax.exponentiate(s, factor);
+    }
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    flash_attention_sm90(const __grid_constant__ Sm90AttentionParams params) {
+  extern __shared__ uint8_t memory[];
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory + (-address & 1023));
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&params.q));
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&params.k));
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&params.v));
+    for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
+      for (auto& full : shared.full_q[stage]) full.init(1);
+      for (auto& empty : shared.empty_q[stage]) empty.init(1);
+    }
+    for (typename Traits::Ring* ring : {&shared.k_ring, &shared.v_ring, &shared.tile_ring}) {
+      for (auto& full : ring->full) full.init(1);
+    }
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      shared.k_ring.empty[stage].init(Traits::kWarpgroups);
+      shared.v_ring.empty[stage].init(Traits::kWarpgroups);
+      shared.tile_ring.empty[stage].init(4 * Traits::kWarpgroups + 1);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (threadIdx.x == 0) produce_queries<Traits>(params, shared);
+    if (threadIdx.x == 32) produce_keys<Traits>(params, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    attention_consume<Traits>(params, shared);
+  }
+}
+
+template <class Traits>
+struct Sm90Attention {
+  static constexpr auto kKernel = &flash_attention_sm90<Traits>;
+
+  static void load() {
+    check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               Traits::kSmemBytes),
+          "loading an sm_90a attention kernel");
+  }
+
+  static void launch(const FlashAttentionProblem& p, void* workspace) {
+    const bool is_packed = p.cu_seqlens_q != nullptr;
+    const auto map = [&](const AttentionTensor& t, int64_t rows, int64_t heads, int box_rows) {
+      return cached_heads_map(t.data,
+                              {is_packed ? 1 : p.batch, heads, rows, p.head_dim, t.stride_batch,
+                               t.stride_head, t.stride_seqlen},
+                              box_rows);
+    };
+    Sm90AttentionParams params;
+    params.q = map(p.q, p.rows_q, p.num_heads, 64);
+    params.k = map(p.k, p.rows_k, p.num_heads_k, Traits::kTileN);
+    params.v = map(p.v, p.rows_k, p.num_heads_k, Traits::kTileN);
+    params.problem = p;
+    params.tiles_m = static_cast<int>(ceil_div(p.seqlen_q, Traits::kTileM));
+    params.group = static_cast<int>(p.num_heads / p.num_heads_k);
+    params.out_is_vectorizable = p.head_dim % 8 == 0 && is_aligned(p.out, 8);
+    const int64_t heads = p.batch * p.num_heads;
+    const unsigned tiles = attention_grid(heads * params.tiles_m);
+    const int sm_count = device_props(p.device_index).sm_count;
+    const unsigned blocks = std::min(tiles, static_cast<unsigned>(sm_count));
+    const bool tiles_differ = p.window_left >= 0 || p.window_right >= 0 || is_packed;
+    // As many heads as L2 holds k and v of, beside q and the output. Where tiles cost the same,
+    // only as many as the blocks work on at a time: that spreads the reads from memory evenly.
+    constexpr int64_t kL2Bytes = 32 << 20;
+    const int64_t key_heads = std::max<int64_t>(kL2Bytes / (4 * p.seqlen_k * p.head_dim), 1);
+    int64_t at_a_time = key_heads * params.group;
+    if (!tiles_differ) at_a_time = std::min(at_a_time, ceil_div(sm_count, params.tiles_m));
+    params.heads_at_a_time = static_cast<int>(std::clamp<int64_t>(at_a_time, 1, heads));
+    params.tiles = static_cast<int>(tiles);
+    params.taken = nullptr;
+    if (tiles > blocks && tiles_differ) {
+      params.taken = static_cast<int*>(workspace);
+      check(cudaMemsetAsync(params.taken, 0, sizeof(int), static_cast<cudaStream_t>(p.stream)),
+            "clearing attention's counter");
+    }
+    kKernel<<<blocks, Traits::kThreads, Traits::kSmemBytes, static_cast<cudaStream_t>(p.stream)>>>(
+        params);
+    check(cudaGetLastError(), "launching an sm_90a attention kernel");
+  }
+
+  static bool register_kernel() {
+    constexpr DType dtype =
+        std::is_same_v<typename Traits::T, __half> ? DType::kFloat16 : DType::kBFloat16;
+    return register_attention_kernel({KernelFamily::kSm90, dtype, Traits::kHeadDim, Traits::kTileM,
+                                      sizeof(int), &launch, &load});
+  }
+};
+
+}  // namespace fastq::cuda
