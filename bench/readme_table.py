@@ -124,6 +124,30 @@ def quantize_rows(lines: list[Line]) -> list[list[str]]:
     return rows
 
 
+def attention_table(lines: list[Line]) -> list[str]:
+    """Ours on every shape: the rate and, in brackets, how far ahead of torch's fastest backend."""
+    ours = [line for line in lines if line["implementation"] == "fastq"]
+    unit, scale = ("TFLOP/s", 1e-3) if max(line["rate"] for line in ours) > 1e4 else ("GFLOP/s", 1)
+    cells: dict[str, dict[int, str]] = {}
+    for line in ours:
+        shape = line["shape"]
+        heads = f"{shape['heads']}"
+        if shape["heads_k"] != shape["heads"]:
+            heads += f" ({shape['heads_k']} of keys)"
+        mask = "causal" if shape["causal"] else "full"
+        row = f"{line['dtype']}, {heads} × {shape['head_dim']}, {mask}"
+        cell = f"{line['rate'] * scale:,.0f} ({line['ratio']:.2f})"
+        cells.setdefault(row, {})[shape["seqlen"]] = cell
+    seqlens = sorted({seqlen for row in cells.values() for seqlen in row})
+    batches = {line["shape"]["batch"] for line in ours}
+    totals = {line["shape"]["batch"] * line["shape"]["seqlen"] for line in ours}
+    batch = "batch 1" if batches == {1} else f"batch × seqlen = {', '.join(map(str, totals))}"
+    head = ["heads × head_dim \\ seqlen", *(str(seqlen) for seqlen in seqlens)]
+    rows = [[name, *(row.get(seqlen, "") for seqlen in seqlens)] for name, row in cells.items()]
+    text = f"`flash_attention`, {batch}: {unit} (and × the fastest backend of torch's SDPA)"
+    return [text, "", *table(head, rows)]
+
+
 def read(folder: Path, op: str) -> list[Line]:
     path = folder / f"{op}.jsonl"
     return list(newest(path).values()) if path.exists() else []
@@ -131,10 +155,10 @@ def read(folder: Path, op: str) -> list[Line]:
 
 def section(folder: Path) -> list[str]:
     """The tables of one device."""
-    gemm, quantize, overhead = (
-        read(folder, op) for op in ("int8_gemm", "quantize", "call_overhead")
+    gemm, attention, quantize, overhead = (
+        read(folder, op) for op in ("int8_gemm", "flash_attention", "quantize", "call_overhead")
     )
-    lines = gemm + quantize + overhead
+    lines = gemm + attention + quantize + overhead
     if not lines:
         return []
     last = max(lines, key=lambda line: line["time"])
@@ -142,6 +166,8 @@ def section(folder: Path) -> list[str]:
     text = [f"**{last['device']}**{threads}, torch {last['torch']}, {last['time'][:10]}", ""]
     if gemm:
         text += gemm_tables(gemm)
+    if attention:
+        text += attention_table(attention)
     if quantize:
         head = ["bfloat16 rows × columns", "fastq µs", "GB/s", "eager torch µs", "× torch"]
         text += table(head, quantize_rows(quantize))
