@@ -142,11 +142,13 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
   bool rescales = false;
   bool has_scores = false;    // exponentials in s that have not been multiplied with v
   bool has_products = false;  // PV has been issued, and its stage of v not been released
-  int used = 0;               // blocks of keys so far, that in s included
-  int queries = 0;            // tiles with keys so far, without the one at hand
+  unsigned used = 0;          // blocks of keys so far, that in s included
+  unsigned queries = 0;       // tiles with keys so far, without the one at hand
 
-  const auto stage_of = [](int number) { return uniform(number % kStages); };
-  const auto release = [&](typename Traits::Ring& ring, int number) {
+  // Of a block's keys and values; of anything before the first block.
+  const auto keys = [&](unsigned number) { return k_rows + uniform(number % kStages) * kStage; };
+  const auto values = [&](unsigned number) { return v_rows + uniform(number % kStages) * kStage; };
+  const auto release = [&](typename Traits::Ring& ring, unsigned number) {
     if (signals) ring.empty[number % kStages].arrive();
   };
   // Its turn to issue products, and the next warpgroup's.
@@ -154,7 +156,7 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
   const auto pass_turn = [&] {
     NamedBarrier::arrive(256, warpgroup + 1 == Traits::kWarpgroups ? 0 : warpgroup + 1);
   };
-  const auto wait_products = [&](int number) __attribute__((always_inline)) {
+  const auto wait_products = [&](unsigned number) __attribute__((always_inline)) {
     cute::warpgroup_wait<0>();
     wgmma_fence(o);
     if (has_products) release(shared.v_ring, number);
@@ -181,27 +183,23 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
       for (int i = 0; i < 4; ++i) x[i] *= rescale[i / 2];
     }
   };
-  const auto issue_scores = [&](int number) __attribute__((always_inline)) {
-    shared.k_ring.full[number % kStages].wait(number / kStages % 2);
-    wgmma_fence(s);
-    cute::warpgroup_arrive();
-    const uint32_t q = q_rows + uniform(queries % Traits::kQueryStages) * kQueryStage;
-    scores_wgmma<T, kHeadDim>(q, 64, k_rows + stage_of(number) * kStage, s);
-    cute::warpgroup_commit_batch();
-  };
-  const auto issue_outputs = [&](int number) __attribute__((always_inline)) {
+  const auto wait_values = [&](unsigned number) {
     if (has_scores) shared.v_ring.full[number % kStages].wait(number / kStages % 2);
+  };
+  const auto issue_outputs = [&](uint32_t v) __attribute__((always_inline)) {
     wgmma_fence(o);
     wgmma_fence(exponentials);
     cute::warpgroup_arrive();
-    output_wgmma<T, 0, kFirstSteps>(exponentials, v_rows + stage_of(number) * kStage, o);
+    output_wgmma<T, 0, kFirstSteps>(exponentials, v, o);
     cute::warpgroup_commit_batch();
     has_products = has_scores;
   };
-  const auto issue_more_outputs = [&](int number) __attribute__((always_inline)) {
-    cute::warpgroup_arrive();
-    output_wgmma<T, kFirstSteps, kTileN / 16>(exponentials, v_rows + stage_of(number) * kStage, o);
-    cute::warpgroup_commit_batch();
+  const auto issue_more_outputs = [&](uint32_t v) __attribute__((always_inline)) {
+    if constexpr (Traits::kSplitsOutputs) {
+      cute::warpgroup_arrive();
+      output_wgmma<T, kFirstSteps, kTileN / 16>(exponentials, v, o);
+      cute::warpgroup_commit_batch();
+    }
   };
   const auto begin_outputs = [&]() __attribute__((always_inline)) {
     softmax = RowSoftmax{};
@@ -240,8 +238,9 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
     const bool is_last = uniform(tile.is_last) != 0;
     if (is_last || begin >= end) {
       take_exponentials();
-      issue_outputs(used - 1);
-      if constexpr (Traits::kSplitsOutputs) issue_more_outputs(used - 1);
+      wait_values(used - 1);
+      issue_outputs(values(used - 1));
+      issue_more_outputs(values(used - 1));
       wait_products(used - 1);
       if (has_scores) finish(number - 1);
       begin_outputs();
@@ -253,11 +252,22 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
 
     // Scores of a block, and PV of the one before.
     const auto issue = [&]() __attribute__((always_inline)) {
-      ++used;
-      take_turn();
-      issue_scores(used - 1);
-      issue_outputs(used - 2);
+      // Measured: three warpgroups had better look for k in their turn, two before it.
+      if (Traits::kWarpgroups == 3) take_turn();
+      const uint32_t q = q_rows + uniform(queries % Traits::kQueryStages) * kQueryStage;
+      const uint32_t k = keys(used);
+      shared.k_ring.full[used % kStages].wait(used / kStages % 2);
+      if (Traits::kWarpgroups == 2) take_turn();
+      wgmma_fence(s);
+      cute::warpgroup_arrive();
+      scores_wgmma<T, kHeadDim>(q, 64, k, s);
+      cute::warpgroup_commit_batch();
+      wait_values(used - 1);
+      const uint32_t v = values(used - 1);
+      issue_outputs(v);
       pass_turn();
+      ++used;
+      return v;
     };
     const auto take_scores = [&](int block) __attribute__((always_inline)) {
       wgmma_fence(s);
@@ -279,8 +289,7 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
                                                                   2);
     int block = end - 1;
     take_exponentials();
-    issue();
-    if constexpr (Traits::kSplitsOutputs) issue_more_outputs(used - 2);
+    issue_more_outputs(issue());
     wait_products(used - 2);
     take_scores(block);
     if (has_scores) finish(number - 1);
@@ -297,12 +306,12 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
 #pragma unroll 1
     for (--block; block >= begin; --block) {
       take_exponentials();
-      issue();
+      const uint32_t v = issue();
       cute::warpgroup_wait<1>();
       take_scores(block);
       if (!is_whole(block)) mask(block);
       rescales = softmax.refer(s, factor, rescale);
-      if constexpr (Traits::kSplitsOutputs) issue_more_outputs(used - 2);
+      issue_more_outputs(v);
       softmax.exponentiate(s, factor);
     }
   }
