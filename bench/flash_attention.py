@@ -8,6 +8,7 @@ with a causal mask. ``ratio`` is the time of torch's fastest over this implement
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -30,9 +31,7 @@ BACKENDS = {
 
 def sdpa(q, k, v, *, causal: bool, backend: SDPBackend | None) -> torch.Tensor:
     grouped = q.shape[1] != k.shape[1]
-    if backend is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
-    with sdpa_kernel(backend):
+    with nullcontext() if backend is None else sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
 
