@@ -8,6 +8,9 @@
 //              tensor cores while another has the exponentials.
 //   grid       persistent. Tiles that cost most come first; where they differ, a counter hands them
 //              out. Few heads at a time, whose k and v fit in L2.
+//   maximum    the largest score is looked for in a tile's first block, in those with a mask and in
+//              that of the first keys. In the others exponentials that are too large are noticed,
+//              and the tile is done again with care.
 //   edges      TMA fills what lies past the tensors with zeros. Packed sequences end where the next
 //              one begins: its keys are masked, and its values zeroed, as 0 * NaN is NaN.
 //
@@ -140,6 +143,7 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
   uint32_t exponentials[kTileN / 16][4];
   RowSoftmax softmax;
   bool rescales = false;
+  bool fits = true;           // no exponential of this tile's has been too large
   bool has_scores = false;    // exponentials in s that have not been multiplied with v
   bool has_products = false;  // PV has been issued, and its stage of v not been released
   unsigned used = 0;          // blocks of keys so far, that in s included
@@ -203,6 +207,7 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
   };
   const auto begin_outputs = [&]() __attribute__((always_inline)) {
     softmax = RowSoftmax{};
+    fits = true;
 #pragma unroll
     for (auto& x : o) {
 #pragma unroll
@@ -224,6 +229,7 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
       }
     }
     store_outputs<Traits>(params, tile, query, o, scale);
+    if (!fits) shared.tiles[number % kStages].overflowed = true;
     __syncwarp();
     if (threadIdx.x % 32 == 0) shared.tile_ring.empty[number % kStages].arrive();
   };
@@ -235,7 +241,7 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
     shared.tile_ring.full[number % kStages].wait(number / kStages % 2);
     const int begin = uniform(tile.begin), end = uniform(tile.end);
     const int whole_begin = uniform(tile.whole_begin), whole_end = uniform(tile.whole_end);
-    const bool is_last = uniform(tile.is_last) != 0;
+    const bool is_last = uniform(tile.is_last) != 0, is_careful = uniform(tile.is_careful) != 0;
     if (is_last || begin >= end) {
       take_exponentials();
       wait_values(used - 1);
@@ -309,10 +315,16 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
       const uint32_t v = issue();
       cute::warpgroup_wait<1>();
       take_scores(block);
-      if (!is_whole(block)) mask(block);
-      rescales = softmax.refer(s, factor, rescale);
+      // Mostly no later block's scores are larger by far, but for those of the first keys.
+      const bool looks = !Traits::kSkipsMaximum || is_careful || block == begin || !is_whole(block);
+      rescales = false;
+      if (looks) {
+        if (!is_whole(block)) mask(block);
+        rescales = softmax.refer(s, factor, rescale);
+      }
       issue_more_outputs(v);
-      softmax.exponentiate(s, factor);
+      const bool all_fit = softmax.exponentiate(s, factor);
+      fits = fits && (looks || all_fit);
     }
   }
 }
@@ -335,6 +347,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       for (auto& full : ring->full) full.init(1);
     }
     for (int stage = 0; stage < Traits::kStages; ++stage) {
+      shared.tiles[stage].overflowed = false;
       shared.k_ring.empty[stage].init(Traits::kWarpgroups);
       shared.v_ring.empty[stage].init(Traits::kWarpgroups);
       shared.tile_ring.empty[stage].init(4 * Traits::kWarpgroups + 1);

@@ -16,6 +16,8 @@ struct Sm90AttentionTile {
   int begin, end;              // from right to left; none: -1
   int whole_begin, whole_end;  // keys that all its queries attend to
   bool is_last;                // and no tile
+  bool is_careful;             // looks for the largest score of every block
+  bool overflowed;             // must be done again, with care
 
   __device__ void set_keys(int tile_m, int tile_n) {
     const int last_query = min(queries.first + tile_m, queries.seqlen_q) - 1;
@@ -42,6 +44,9 @@ struct Sm90AttentionTraits {
   // PV is issued only when the largest score has been looked for. With a head_dim of 256 the tensor
   // cores have more to do than the others, and had better not wait.
   static constexpr bool kSplitsOutputs = kHeadDim <= 128;
+  // Not to look for the largest score of every block saves a tenth of the time, but nothing where
+  // the tensor cores are the limit.
+  static constexpr bool kSkipsMaximum = kHeadDim <= 128;
   // Two stages of q where they fit.
   static constexpr int kQueryStages =
       (2 * kTileM + 2 * kStages * kTileN) * kPanels * 128 <= 225 * 1024 ? 2 : 1;
@@ -116,18 +121,29 @@ __device__ inline void produce_queries(const Sm90AttentionParams& params,
   StagePosition<Traits::kStages> tiles;
   StagePosition<Traits::kQueryStages> queries;
   int index = static_cast<int>(blockIdx.x);
+  bool has_flushed = false;  // an empty tile has followed the last: all of them get finished
   while (true) {
     shared.tile_ring.empty[tiles.stage].wait(tiles.phase ^ 1);
     Sm90AttentionTile& tile = shared.tiles[tiles.stage];
-    const bool is_last = index >= params.tiles;
-    tile.is_last = is_last;
-    if (!is_last) {
+    bool is_last = false;
+    if (tile.overflowed) {
+      tile.overflowed = false;
+      tile.is_careful = true;
+      has_flushed = false;
+    } else if (index < params.tiles) {
       const bool is_there = set_queries<Traits>(params, index, tile.queries);
       index += static_cast<int>(gridDim.x);
       if (params.taken != nullptr) index = gridDim.x + atomicAdd(params.taken, 1);
       if (!is_there) continue;
       tile.set_keys(Traits::kTileM, Traits::kTileN);
+      tile.is_careful = false;
+    } else {
+      tile.begin = tile.end = 0;
+      tile.queries.first = tile.queries.seqlen_q = 0;
+      is_last = has_flushed;
+      has_flushed = true;
     }
+    tile.is_last = is_last;
     shared.tile_ring.full[tiles.stage].arrive();
     tiles.next();
     if (is_last) break;

@@ -157,7 +157,8 @@ __device__ __forceinline__ void mask_scores(const QueryTile& tile, int first_que
 // reduction over the lanes of a row nor new sums and outputs. Each row decides for itself, whatever
 // the others do.
 struct RowSoftmax {
-  static constexpr float kSlack = 8;            // 2^8 is far from float16's largest
+  static constexpr float kSlack = 15;           // 2^15 is within float16's range
+  static constexpr float kLimit = 32768;        // 2^kSlack
   float reference[2] = {-INFINITY, -INFINITY};  // exponents of 2
   float sum[2] = {0, 0};                        // of this lane's columns alone
 
@@ -197,9 +198,10 @@ struct RowSoftmax {
     return replaces;
   }
 
-  // The scores, which have been referred to, become exponentials.
+  // The scores become exponentials. False where one may be larger than 2^kSlack, as none is that
+  // has been referred to.
   template <int kTilesN>
-  __device__ __forceinline__ void exponentiate(float (&s)[kTilesN][4], float factor) {
+  __device__ __forceinline__ bool exponentiate(float (&s)[kTilesN][4], float factor) {
     // Where there has been nothing to attend to, every exponential is 0.
     const float origin[2] = {reference[0] == -INFINITY ? 0.0f : reference[0],
                              reference[1] == -INFINITY ? 0.0f : reference[1]};
@@ -215,11 +217,14 @@ struct RowSoftmax {
 #pragma unroll
       for (int i = 0; i < 4; ++i) total[i / 2][j % 2 * 2 + i % 2] += s[j][i];
     }
+    bool fits = true;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float (&t)[4] = total[half];
-      sum[half] += (t[0] + t[1]) + (t[2] + t[3]);
+      const float all = (total[half][0] + total[half][1]) + (total[half][2] + total[half][3]);
+      fits = fits && !(all > kLimit);
+      sum[half] += all;
     }
+    return fits;
   }
 
   // What the outputs of both rows are multiplied by in the end.
