@@ -36,15 +36,9 @@ struct OutputWgmma;
   struct OutputWgmma<__nv_bfloat16, n>                                                  \
       : cute::SM90::GMMA::MMA_64x##n##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K,    \
                                                          cute::SM90::GMMA::Major::MN> {};
-FASTQ_SCORES_WGMMA(64)
 FASTQ_SCORES_WGMMA(80)
-FASTQ_SCORES_WGMMA(96)
 FASTQ_SCORES_WGMMA(112)
 FASTQ_SCORES_WGMMA(128)
-FASTQ_SCORES_WGMMA(144)
-FASTQ_SCORES_WGMMA(160)
-FASTQ_SCORES_WGMMA(176)
-FASTQ_SCORES_WGMMA(192)
 FASTQ_OUTPUT_WGMMA(64)
 FASTQ_OUTPUT_WGMMA(96)
 FASTQ_OUTPUT_WGMMA(128)
@@ -61,14 +55,13 @@ __device__ __forceinline__ void scores_wgmma(uint32_t q, uint32_t k, float (&s)[
              accumulate ? ScaleOut::One : ScaleOut::Zero);
 }
 
-// s = q . k^T over kHeadDim, in panels of 64. A panel has rows_q and 8 * kTiles rows.
+// s = q . k^T over kHeadDim, in panels of 64 columns. A panel of q has 64 rows, of k 8 * kTiles.
 template <class T, int kHeadDim, int kTiles>
-__device__ __forceinline__ void scores_wgmma(uint32_t q, int rows_q, uint32_t k,
-                                             float (&s)[kTiles][4]) {
+__device__ __forceinline__ void scores_wgmma(uint32_t q, uint32_t k, float (&s)[kTiles][4]) {
 #pragma unroll
   for (int d = 0; d < kHeadDim; d += 16) {
     const uint32_t in_panel = d % 64 / 8;
-    scores_wgmma<ScoresWgmma<T, 8 * kTiles>>(q + d / 64 * wgmma_offset(rows_q) + in_panel,
+    scores_wgmma<ScoresWgmma<T, 8 * kTiles>>(q + d / 64 * wgmma_offset(64) + in_panel,
                                              k + d / 64 * wgmma_offset(8 * kTiles) + in_panel, s,
                                              d > 0, std::make_integer_sequence<int, 4 * kTiles>{});
   }

@@ -14,8 +14,8 @@ std::vector<AttentionKernel>& kernels() {
   return list;
 }
 
-// Why the kernels for Hopper do not take a problem, or an empty string.
-std::string sm90_problem(const FlashAttentionProblem& p) {
+// Why the kernels for Hopper do not take a problem, or null.
+const char* sm90_problem(const FlashAttentionProblem& p) {
   const DeviceProps& props = device_props(p.device_index);
   if (props.cc_major != 9) return "the GPU is no Hopper";
   if (!built_for_sm90a()) return "this build has no code for sm_90a";
@@ -23,14 +23,16 @@ std::string sm90_problem(const FlashAttentionProblem& p) {
     return "softcap, ALiBi and negative scales are left to sm80";
   }
   if (p.rows_k == 0) return "there are no keys";
-  // TMA reads rows from multiples of 16 bytes, less than 2^40 bytes apart.
+  // What TMA can read.
   for (const AttentionTensor* t : {&p.q, &p.k, &p.v}) {
-    const int64_t longest = std::max({t->stride_batch, t->stride_seqlen, t->stride_head});
-    if (p.head_dim % 8 != 0 || !is_aligned(*t, 8) || longest >= int64_t{1} << 39) {
+    if (p.head_dim % 8 != 0 || !is_aligned(*t, 8)) {
       return "rows do not begin at multiples of 16 bytes";
     }
+    if (std::max({t->stride_batch, t->stride_seqlen, t->stride_head}) >= int64_t{1} << 39) {
+      return "a stride is 2^40 bytes or more";
+    }
   }
-  return "";
+  return nullptr;
 }
 
 // FASTQ_KERNELS may name a family; a configuration of another op has no effect here.
@@ -43,10 +45,10 @@ const AttentionKernel& choose(const FlashAttentionProblem& p) {
   const std::string forced = variable != nullptr ? variable : "";
   KernelFamily family = KernelFamily::kSm80;
   if (forced != "sm80") {
-    const std::string problem = sm90_problem(p);
-    if (problem.empty()) family = KernelFamily::kSm90;
-    if (forced == "sm90" && !problem.empty()) {
-      not_implemented("flash_attention: FASTQ_KERNELS=sm90, but " + problem);
+    const char* const problem = sm90_problem(p);
+    if (problem == nullptr) family = KernelFamily::kSm90;
+    if (forced == "sm90" && problem != nullptr) {
+      not_implemented(std::string("flash_attention: FASTQ_KERNELS=sm90, but ") + problem);
     }
   }
   // Large tiles are faster, but a mask makes them compute scores that they drop, and there may be

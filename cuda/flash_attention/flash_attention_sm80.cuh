@@ -192,11 +192,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   QueryTile tile;
   if (!set_tile<kTileM>(params, blockIdx.x, tile)) return;
   const int first_query = tile.first;
-  const int last_query = min(first_query + kTileM, tile.seqlen_q) - 1;
-  const int begin = tile.first_key(first_query) / kTileN;
-  const int end = (tile.last_key(last_query) + kTileN - 1) / kTileN;
-  // All queries attend to these.
-  const int whole_begin = tile.first_key(last_query), whole_end = tile.last_key(first_query);
+  const QueryTile::KeyBlocks blocks = tile.key_blocks(kTileM, kTileN);
+  const int begin = blocks.begin, end = blocks.end;
 
   const int head_dim = static_cast<int>(p.head_dim);
   const auto* q = tile.row_of<const uint16_t>(p.q, tile.begin_q, first_query, tile.head);
@@ -296,7 +293,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) transform_scores(p, slope, distance + 16 * m, s[m]);
     }
-    if (key < whole_begin || key + kTileN > whole_end) {
+    if (key < blocks.whole_begin || key + kTileN > blocks.whole_end) {
       const QueryTile its = tile_again();
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) mask_scores(its, query + 16 * m, key, s[m]);
@@ -350,14 +347,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
     softmax[m].finish(its, query + 16 * m, scale[m]);
-    if (p.lse == nullptr || threadIdx.x % 4 != 0) continue;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = query + 16 * m + 8 * half;
-      if (row >= its.seqlen_q) continue;
-      p.lse[its.batch * p.stride_lb + its.head * p.stride_lh +
-            (int64_t{its.begin_q} + row) * p.stride_lq] = softmax[m].lse(half);
-    }
+    softmax[m].store_lse(p, its, query + 16 * m);
   }
   if (first_query + warp_row < its.seqlen_q) {
     store_outputs<Traits>(params, its, first_query + warp_row, shared_q + warp_row * kPitch, o,

@@ -220,14 +220,7 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
     const int query = tile.first + row;
     float scale[2];
     softmax.finish(tile, query, scale);
-    if (p.lse != nullptr && threadIdx.x % 4 == 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (query + 8 * half >= tile.seqlen_q) continue;
-        p.lse[tile.batch * p.stride_lb + tile.head * p.stride_lh +
-              (int64_t{tile.begin_q} + query + 8 * half) * p.stride_lq] = softmax.lse(half);
-      }
-    }
+    softmax.store_lse(p, tile, query);
     store_outputs<Traits>(params, tile, query, o, scale);
     if (!fits) shared.tiles[number % kStages].overflowed = true;
     __syncwarp();
@@ -239,8 +232,9 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
   for (int number = 0;; ++number) {
     const Sm90AttentionTile& tile = shared.tiles[number % kStages];
     shared.tile_ring.full[number % kStages].wait(number / kStages % 2);
-    const int begin = uniform(tile.begin), end = uniform(tile.end);
-    const int whole_begin = uniform(tile.whole_begin), whole_end = uniform(tile.whole_end);
+    const int begin = uniform(tile.keys.begin), end = uniform(tile.keys.end);
+    const int whole_begin = uniform(tile.keys.whole_begin);
+    const int whole_end = uniform(tile.keys.whole_end);
     const bool is_last = uniform(tile.is_last) != 0, is_careful = uniform(tile.is_careful) != 0;
     if (is_last || begin >= end) {
       take_exponentials();
@@ -266,7 +260,7 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
       if (Traits::kWarpgroups == 2) take_turn();
       wgmma_fence(s);
       cute::warpgroup_arrive();
-      scores_wgmma<T, kHeadDim>(q, 64, k, s);
+      scores_wgmma<T, kHeadDim>(q, k, s);
       cute::warpgroup_commit_batch();
       wait_values(used - 1);
       const uint32_t v = values(used - 1);

@@ -13,18 +13,10 @@ namespace fastq::cuda {
 // A tile of queries and the blocks of keys that it attends to.
 struct Sm90AttentionTile {
   QueryTile queries;
-  int begin, end;              // from right to left; none: -1
-  int whole_begin, whole_end;  // keys that all its queries attend to
-  bool is_last;                // and no tile
-  bool is_careful;             // looks for the largest score of every block
-  bool overflowed;             // must be done again, with care
-
-  __device__ void set_keys(int tile_m, int tile_n) {
-    const int last_query = min(queries.first + tile_m, queries.seqlen_q) - 1;
-    begin = queries.first_key(queries.first) / tile_n;
-    end = (queries.last_key(last_query) + tile_n - 1) / tile_n;
-    whole_begin = queries.first_key(last_query), whole_end = queries.last_key(queries.first);
-  }
+  QueryTile::KeyBlocks keys;  // from right to left
+  bool is_last;               // and no tile
+  bool is_careful;            // looks for the largest score of every block
+  bool overflowed;            // must be done again, with care
 };
 
 template <class T_, int kHeadDim_, int kTileN_, int kWarpgroups_>
@@ -135,10 +127,10 @@ __device__ inline void produce_queries(const Sm90AttentionParams& params,
       index += static_cast<int>(gridDim.x);
       if (params.taken != nullptr) index = gridDim.x + atomicAdd(params.taken, 1);
       if (!is_there) continue;
-      tile.set_keys(Traits::kTileM, Traits::kTileN);
+      tile.keys = tile.queries.key_blocks(Traits::kTileM, Traits::kTileN);
       tile.is_careful = false;
     } else {
-      tile.begin = tile.end = 0;
+      tile.keys = {};
       tile.queries.first = tile.queries.seqlen_q = 0;
       is_last = has_flushed;
       has_flushed = true;
@@ -147,7 +139,7 @@ __device__ inline void produce_queries(const Sm90AttentionParams& params,
     shared.tile_ring.full[tiles.stage].arrive();
     tiles.next();
     if (is_last) break;
-    if (tile.begin >= tile.end) continue;
+    if (tile.keys.begin >= tile.keys.end) continue;
     const QueryTile& q = tile.queries;
 #pragma unroll 1
     for (int i = 0; i < Traits::kWarpgroups; ++i) {
@@ -177,7 +169,7 @@ __device__ inline void produce_keys(const Sm90AttentionParams& params,
     shared.tile_ring.full[tiles.stage].wait(tiles.phase);
     const Sm90AttentionTile& tile = shared.tiles[tiles.stage];
     if (tile.is_last) break;
-    const int begin = tile.begin, end = tile.end;
+    const int begin = tile.keys.begin, end = tile.keys.end;
 #pragma unroll 1
     for (int block = end - 1; block >= begin; --block) {
       load(shared.k, params.k, shared.k_ring, keys, tile.queries, block);

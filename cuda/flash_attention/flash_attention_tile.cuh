@@ -59,6 +59,17 @@ struct QueryTile {
     return right < 0 ? seqlen_k : max(min(position(query) + right + 1, seqlen_k), 0);
   }
 
+  // The blocks of `tile_n` keys, begin to end, that `tile_m` queries from the first on attend to.
+  struct KeyBlocks {
+    int begin, end;
+    int whole_begin, whole_end;  // keys that all these queries attend to
+  };
+  __device__ KeyBlocks key_blocks(int tile_m, int tile_n) const {
+    const int last = min(first + tile_m, seqlen_q) - 1;
+    return {first_key(first) / tile_n, (last_key(last) + tile_n - 1) / tile_n, first_key(last),
+            last_key(first)};
+  }
+
   // Row `row` of the sequence.
   template <class T>
   __device__ T* row_of(const AttentionTensor& t, int begin, int row, int its_head) const {
@@ -243,8 +254,19 @@ struct RowSoftmax {
       }
     }
   }
-  // The natural logarithm of a row's sum of exponentials, after finish.
-  __device__ float lse(int half) const { return (reference[half] + __log2f(sum[half])) / kLog2e; }
+  // Writes the natural logarithms of both rows' sums of exponentials, after finish.
+  __device__ __forceinline__ void store_lse(const FlashAttentionProblem& p, const QueryTile& tile,
+                                            int query) const {
+    if (p.lse == nullptr || threadIdx.x % 4 != 0) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = query + 8 * half;
+      if (row >= tile.seqlen_q) continue;
+      p.lse[tile.batch * p.stride_lb + tile.head * p.stride_lh +
+            (int64_t{tile.begin_q} + row) * p.stride_lq] =
+          (reference[half] + __log2f(sum[half])) / kLog2e;
+    }
+  }
 };
 
 __device__ inline uint32_t pack(float low, float high, __half) {

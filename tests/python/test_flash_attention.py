@@ -399,6 +399,23 @@ def test_scores_that_grow_by_far(kind):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_that_grow_in_some_of_many_tiles(head_dim, causal):
+    """Tiles that a kernel does again, among others, and the last one."""
+    q, k, v = qkv(2, 700, 700, 60, 60, head_dim, Kind("cuda", torch.float16))
+    growing = torch.ones(60, 1, device="cuda", dtype=k.dtype)
+    growing[::7] = growing[-1] = 60
+    k[:, 200:400] *= growing
+    out = fastq.flash_attention(q, k, v, causal=causal)
+    for head in (0, 1, 7, 58, 59):
+        alone = [x[1:, :, head : head + 1] for x in (q, k, v)]
+        check(*alone, causal=causal)
+        assert torch.equal(fastq.flash_attention(*alone, causal=causal)[0, :, 0], out[1, :, head])
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.cuda
 def test_neighbours_of_packed_sequences_stay_out():
     kind = Kind("cuda", torch.bfloat16)
     q, k, v = (x[0] for x in qkv(1, 300, 300, 2, 2, 64, kind))
@@ -418,6 +435,19 @@ def test_cuda_has_no_kernel_for_float32():
     q, k, v = qkv(1, 4, 4, 1, 1, 16, Kind("cuda", torch.float32))
     with pytest.raises(NotImplementedError, match="q has dtype float32, expected float16 or bf"):
         fastq.flash_attention(q, k, v)
+
+
+@pytest.mark.cuda
+def test_a_forced_family_that_does_not_take_it(monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the GPU is no Hopper")
+    q, k, v = qkv(1, 4, 4, 1, 1, 16, Kind("cuda", torch.float16))
+    monkeypatch.setenv("FASTQ_KERNELS", "sm90")
+    fastq.flash_attention(q, k, v)
+    with pytest.raises(NotImplementedError, match="FASTQ_KERNELS=sm90, but softcap, ALiBi"):
+        fastq.flash_attention(q, k, v, softcap=30.0)
+    with pytest.raises(NotImplementedError, match="FASTQ_KERNELS=sm90, but rows do not begin"):
+        fastq.flash_attention(q[..., :12], k[..., :12], v[..., :12])
 
 
 @pytest.mark.cuda
