@@ -310,14 +310,16 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
       cute::warpgroup_wait<1>();
       take_scores(block);
       // Mostly no later block's scores are larger by far, but for those of the first keys.
-      const bool looks = !Traits::kSkipsMaximum || is_careful || block == begin || !is_whole(block);
+      // Where the whole blocks begin, a query may have had none.
+      const bool looks = !Traits::kSkipsMaximum || is_careful || block == begin ||
+                         !is_whole(block) || (block + 1) * kTileN == whole_end;
       rescales = false;
       if (looks) {
         if (!is_whole(block)) mask(block);
         rescales = softmax.refer(s, factor, rescale);
       }
       issue_more_outputs(v);
-      const bool all_fit = softmax.exponentiate(s, factor);
+      const bool all_fit = softmax.exponentiate(s, factor, looks);
       fits = fits && (looks || all_fit);
     }
   }

@@ -212,10 +212,12 @@ struct RowSoftmax {
   // The scores become exponentials. False where one may be larger than 2^kSlack, as none is that
   // has been referred to.
   template <int kTilesN>
-  __device__ __forceinline__ bool exponentiate(float (&s)[kTilesN][4], float factor) {
-    // Where there has been nothing to attend to, every exponential is 0.
-    const float origin[2] = {reference[0] == -INFINITY ? 0.0f : reference[0],
-                             reference[1] == -INFINITY ? 0.0f : reference[1]};
+  __device__ __forceinline__ bool exponentiate(float (&s)[kTilesN][4], float factor,
+                                               bool is_referred = true) {
+    // Where there has been nothing to attend to, every exponential is 0; of scores that have not
+    // been referred to, infinite.
+    const float origin[2] = {is_referred && reference[0] == -INFINITY ? 0.0f : reference[0],
+                             is_referred && reference[1] == -INFINITY ? 0.0f : reference[1]};
 #pragma unroll
     for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
@@ -232,7 +234,7 @@ struct RowSoftmax {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float all = (total[half][0] + total[half][1]) + (total[half][2] + total[half][3]);
-      fits = fits && !(all > kLimit);
+      fits = fits && all <= kLimit;
       sum[half] += all;
     }
     return fits;
