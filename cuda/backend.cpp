@@ -5,7 +5,9 @@
 #include "core/backend.hpp"
 #include "dequantize/dequantize.hpp"
 #include "flash_attention/flash_attention.hpp"
+#include "flash_decode/flash_decode.hpp"
 #include "int8_gemm/int8_gemm.hpp"
+#include "kv_append/kv_append.hpp"
 #include "quantize/quantize.hpp"
 #include "runtime/device.hpp"
 
@@ -25,6 +27,7 @@ std::string describe_backend() {
   json.pop_back();
   add_names(json, "int8_gemm", int8_gemm_instances());
   add_names(json, "flash_attention", flash_attention_instances());
+  add_names(json, "flash_decode", flash_decode_instances());
   return json + "}";
 }
 
@@ -40,6 +43,9 @@ constexpr Backend kBackend = {
     &describe_backend,
     &flash_attention_workspace_size,
     &flash_attention,
+    &flash_decode_workspace_size,
+    &flash_decode,
+    &kv_append,
 };
 
 [[maybe_unused]] const bool registered = register_backend(DeviceType::kCuda, kBackend);

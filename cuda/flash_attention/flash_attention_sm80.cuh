@@ -13,20 +13,12 @@
 
 #include <type_traits>
 
-#include <cute/arch/mma_sm80.hpp>
-
 #include "flash_attention/flash_attention_kernels.hpp"
 #include "flash_attention/flash_attention_tile.cuh"
 #include "runtime/copy_async.cuh"
+#include "runtime/mma_sync.cuh"
 
 namespace fastq::cuda {
-
-template <class T>
-struct Mma16816;
-template <>
-struct Mma16816<__half> : cute::SM80_16x8x16_F32F16F16F32_TN {};
-template <>
-struct Mma16816<__nv_bfloat16> : cute::SM80_16x8x16_F32BF16BF16F32_TN {};
 
 template <class T_, int kHeadDim_, int kTileM_, int kTileN_, int kWarps_>
 struct Sm80AttentionTraits {
@@ -108,23 +100,6 @@ __device__ inline uint32_t matrices_by_columns(const uint16_t* shared) {
   const int lane = threadIdx.x % 32;
   return static_cast<uint32_t>(__cvta_generic_to_shared(
       shared + (lane % 8 + lane / 16 * 8) * Traits::kPitch + lane / 8 % 2 * 8));
-}
-
-__device__ inline void load_matrices(uint32_t address, uint32_t (&x)[4]) {
-  asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address));
-}
-__device__ inline void load_transposed_matrices(uint32_t address, uint32_t (&x)[4]) {
-  asm volatile("ldmatrix.sync.aligned.x4.trans.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address));
-}
-
-// c (16, 8) += a (16, 16) . b (16, 8)
-template <class T>
-__device__ inline void mma(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&c)[4]) {
-  Mma16816<T>::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
 }
 
 // Outputs of a warp's rows, through its own rows of shared memory.

@@ -24,29 +24,16 @@ __device__ inline float fast_exp2(float x) {
   return y;
 }
 
-// A tile of queries of a head: those of its sequence from `first` on.
-struct QueryTile {
-  int batch, head, head_k;
-  int first, seqlen_q, seqlen_k;
-  int begin_q, begin_k;  // of packed sequences: their first rows
-  int left, right;       // the window; negative: no bound
+// Which keys of a sequence a query attends to.
+struct KeyBounds {
+  int seqlen_q, seqlen_k;
+  int left, right;  // the window; negative: no bound
 
-  // `group` heads share a key head. False where the sequence is over.
-  __device__ bool set(const FlashAttentionProblem& p, int group, int batch_, int head_,
-                      int first_) {
-    batch = batch_, head = head_, first = first_;
-    head_k = head / group;
-    seqlen_q = static_cast<int>(p.seqlen_q), seqlen_k = static_cast<int>(p.seqlen_k);
-    begin_q = begin_k = 0;
-    if (p.cu_seqlens_q != nullptr) {
-      begin_q = p.cu_seqlens_q[batch], begin_k = p.cu_seqlens_k[batch];
-      seqlen_q = p.cu_seqlens_q[batch + 1] - begin_q;
-      seqlen_k = p.cu_seqlens_k[batch + 1] - begin_k;
-    }
+  __device__ void set(int seqlen_q_, int seqlen_k_, int64_t window_left, int64_t window_right) {
+    seqlen_q = seqlen_q_, seqlen_k = seqlen_k_;
     // No further than the sequence, lest sums overflow.
-    left = static_cast<int>(min(p.window_left, int64_t{seqlen_k}));
-    right = static_cast<int>(min(p.window_right, int64_t{seqlen_q}));
-    return first < seqlen_q;
+    left = static_cast<int>(min(window_left, int64_t{seqlen_k}));
+    right = static_cast<int>(min(window_right, int64_t{seqlen_q}));
   }
 
   // Where a query stands among the keys.
@@ -57,6 +44,29 @@ struct QueryTile {
   }
   __device__ int last_key(int query) const {  // one past
     return right < 0 ? seqlen_k : max(min(position(query) + right + 1, seqlen_k), 0);
+  }
+};
+
+// A tile of queries of a head: those of its sequence from `first` on.
+struct QueryTile : KeyBounds {
+  int batch, head, head_k;
+  int first;
+  int begin_q, begin_k;  // of packed sequences: their first rows
+
+  // `group` heads share a key head. False where the sequence is over.
+  __device__ bool set(const FlashAttentionProblem& p, int group, int batch_, int head_,
+                      int first_) {
+    batch = batch_, head = head_, first = first_;
+    head_k = head / group;
+    int rows_q = static_cast<int>(p.seqlen_q), rows_k = static_cast<int>(p.seqlen_k);
+    begin_q = begin_k = 0;
+    if (p.cu_seqlens_q != nullptr) {
+      begin_q = p.cu_seqlens_q[batch], begin_k = p.cu_seqlens_k[batch];
+      rows_q = p.cu_seqlens_q[batch + 1] - begin_q;
+      rows_k = p.cu_seqlens_k[batch + 1] - begin_k;
+    }
+    KeyBounds::set(rows_q, rows_k, p.window_left, p.window_right);
+    return first < seqlen_q;
   }
 
   // The blocks of `tile_n` keys, begin to end, that `tile_m` queries from the first on attend to.

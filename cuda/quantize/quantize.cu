@@ -13,15 +13,12 @@
 // at most 32 elements and aligned, so it never leaves a warp, and all its lanes lie in the row or
 // none. The shuffles want the whole warp, so its lanes go on together past the end of the row, with
 // zeros.
-//
-// The absmax is taken over the bits of |x|, as unsigned integers: their order is that of the
-// numbers, with Inf above all and NaN above Inf, so neither is lost as fmaxf would lose a NaN.
 #include "quantize/quantize.hpp"
 
 #include <array>
-#include <cfloat>
 #include <type_traits>
 
+#include "quantize/row_scale.cuh"
 #include "runtime/dependent_launch.cuh"
 #include "runtime/device.hpp"
 #include "runtime/float_io.cuh"
@@ -32,8 +29,6 @@ namespace {
 constexpr int kMaxThreads = 512;
 constexpr int kRegisterVectors = 4;
 
-__device__ inline uint32_t abs_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
-
 __device__ inline uint32_t block_max(uint32_t value) {
   __shared__ uint32_t of_warp[kMaxThreads / 32];
   value = __reduce_max_sync(0xffffffffu, value);
@@ -42,23 +37,6 @@ __device__ inline uint32_t block_max(uint32_t value) {
   const int warps = blockDim.x / 32;
   value = threadIdx.x % 32 < warps ? of_warp[threadIdx.x % 32] : 0;
   return __reduce_max_sync(0xffffffffu, value);
-}
-
-struct RowScale {
-  float scale;
-  bool finite;
-};
-
-__device__ inline RowScale row_scale(uint32_t absmax_bits) {
-  const float absmax = __uint_as_float(absmax_bits);
-  if (absmax_bits >= 0x7f800000u) return {absmax, false};
-  if (absmax_bits == 0) return {1.0f, true};
-  return {fmaxf(__fdiv_rn(absmax, 127.0f), FLT_MIN), true};
-}
-
-__device__ inline int8_t quantize_element(float x, RowScale row) {
-  if (!row.finite) return 0;
-  return static_cast<int8_t>(max(-127, min(127, __float2int_rn(__fdiv_rn(x, row.scale)))));
 }
 
 // Rotates kSize consecutive elements in each lane of a full warp; rotation <= 32 * kSize.

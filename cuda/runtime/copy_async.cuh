@@ -22,6 +22,12 @@ __device__ inline void copy_async_16_or_zeros(uint32_t shared, const void* globa
       "l"(global), "r"(static_cast<uint32_t>(is_there)));
 }
 
+// 4 bytes, or a zero.
+__device__ inline void copy_async_4_or_zero(uint32_t shared, const void* global, bool is_there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared), "l"(global),
+               "r"(is_there ? 4 : 0));
+}
+
 __device__ inline void copy_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }

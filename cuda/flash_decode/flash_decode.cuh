@@ -1,0 +1,382 @@
+// Attention of a few queries to a cache of keys and values, by mma.sync, for Ampere and everything
+// after it.
+//
+//   s (keys, columns) = k (keys, d) . q^T (d, columns)         a column is a query of some head
+//   o (d, columns) += v^T (d, keys) . exp2(s) (keys, columns)
+//
+// Time goes to reading the cache, so everything serves that. Keys are the rows of the products: a
+// tile of 16 keys is full, and only 8 columns are, or lie idle, where others have rows of 64
+// queries. A warp takes 16 keys at a time, all on its own: cp.async brings them to a ring of its
+// own, a few turns ahead, and no warp waits for another till their sums are added. Blocks of
+// threads take equal pieces of all work (flash_decode_work.cuh); flash_decode_combine.cu adds what
+// they divided.
+//
+// Of an int8 cache, scores are multiplied by k's scale after their sum, and exponentials by v's
+// before the product. The largest product is looked for, not the largest exponential: none is out
+// of range.
+//
+// Template parameters: the dtypes, head_dim (rounded up) and columns; all else is a run-time
+// branch.
+#pragma once
+
+#include <array>
+#include <type_traits>
+
+#include "flash_decode/flash_decode_keys.cuh"
+#include "flash_decode/flash_decode_work.cuh"
+#include "runtime/dependent_launch.cuh"
+#include "runtime/device.hpp"
+
+namespace fastq::cuda {
+
+// The running softmax of this lane's columns: 2 * (lane % 4) and the next of each 8. Exponentials
+// are relative to a reference as RowSoftmax has it, kLift below the largest score: so that of
+// float16's small numbers more are left.
+template <int kTiles>
+struct ColumnSoftmax {
+  static constexpr float kSlack = 8, kLift = 7;  // 2^15 is within float16's range
+  float reference[kTiles][2];                    // exponents of 2
+  float sum[kTiles][2];                          // of this lane's keys alone
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) reference[n][i] = -INFINITY, sum[n][i] = 0;
+    }
+  }
+
+  // Takes scores into account, to each of which its key's `more` is added. True where the warp's
+  // outputs must be multiplied by `rescale`, as the sums have been.
+  __device__ __forceinline__ bool refer(const float (&s)[kTiles][4], const float (&more)[2],
+                                        float (&rescale)[kTiles][2]) {
+    float most[kTiles][2];
+    bool is_large = false;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        most[n][i] = fmaxf(s[n][i] + more[0], s[n][2 + i] + more[1]);
+        is_large = is_large || most[n][i] > reference[n][i] + (kLift + kSlack);
+      }
+    }
+    const bool replaces = __any_sync(0xffffffffu, is_large);
+    if (replaces) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float x = most[n][i];
+#pragma unroll
+          for (int lanes = 4; lanes < 32; lanes *= 2) {
+            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+          }
+          rescale[n][i] = 1;
+          if (x > reference[n][i] + (kLift + kSlack)) {
+            x -= kLift;
+            rescale[n][i] = fast_exp2(reference[n][i] - x);
+            reference[n][i] = x;
+          }
+          sum[n][i] *= rescale[n][i];
+        }
+      }
+    }
+    return replaces;
+  }
+
+  __device__ __forceinline__ void exponentiate(float (&s)[kTiles][4]) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // Where there has been nothing to attend to, every exponential is 0.
+        const float origin = reference[n][i % 2];
+        s[n][i] = fast_exp2(s[n][i] - (origin == -INFINITY ? 0.0f : origin));
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) sum[n][i] += s[n][i] + s[n][2 + i];
+    }
+  }
+};
+
+// What a tile's scores become: scaled, capped, less ALiBi's slope times the distance, and -inf
+// where the query does not attend to the key.
+template <int kTiles>
+__device__ __forceinline__ void transform_decode_scores(const FlashDecodeParams& params,
+                                                        const DecodeTile& tile, int head_k, int key,
+                                                        float (&s)[kTiles][4]) {
+  const FlashDecodeProblem& p = params.problem;
+  if (p.softcap > 0) {
+    const float cap = p.softcap * kLog2e, twice = 2 / p.softcap;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (float& x : s[n]) x = cap - __fdividef(2 * cap, 1 + fast_exp2(twice * x));  // cap tanh
+    }
+  }
+  if (p.alibi_slopes == nullptr) return;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = min(8 * n + static_cast<int>(threadIdx.x % 4) * 2 + i, tile.rows - 1);
+      int query, of_group;
+      params.group(query, of_group, tile.first_row + column);
+      const int head = head_k * params.group.divisor + of_group;
+      const float slope = kLog2e * p.alibi_slopes[tile.batch * p.stride_ab + head * p.stride_ah];
+      const int distance = tile.position(query) - key;
+      s[n][i] -= slope * fabsf(static_cast<float>(distance));
+      s[n][2 + i] -= slope * fabsf(static_cast<float>(distance - 8));
+    }
+  }
+}
+
+template <int kTiles>
+__device__ __forceinline__ void mask_decode_scores(const FlashDecodeParams& params,
+                                                   const DecodeTile& tile, int key,
+                                                   float (&s)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = min(8 * n + static_cast<int>(threadIdx.x % 4) * 2 + i, tile.rows - 1);
+      const int query = tile.query(params, column);
+      const int first = tile.first_key(query), last = tile.last_key(query);
+      if (key < first || key >= last) s[n][i] = -INFINITY;
+      if (key + 8 < first || key + 8 >= last) s[n][2 + i] = -INFINITY;
+    }
+  }
+}
+
+// Adds the warps' sums of a tile, and writes its outputs, or the part of them that these are.
+template <class Traits>
+__device__ inline void finish_tile(const FlashDecodeParams& params, const DecodeTile& tile,
+                                   int head_k, int part, ColumnSoftmax<Traits::kTiles>& softmax,
+                                   float (&o)[Traits::kHeadDim / 16][Traits::kTiles][4],
+                                   typename Traits::Shared& shared) {
+  constexpr int kTiles = Traits::kTiles, kHeadDim = Traits::kHeadDim, kColumns = Traits::kColumns;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  auto& references = shared.references;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float sum = softmax.sum[n][i];
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+      const int column = 8 * n + lane % 4 * 2 + i;
+      if (lane < 4) references[warp][column] = make_float2(softmax.reference[n][i], sum);
+    }
+  }
+  __syncthreads();
+  // Relative to the largest reference of all warps, to this warp's part of the ring.
+  float* const sums = Traits::sums_of_warp(shared, warp);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = 8 * n + lane % 4 * 2 + i;
+      float reference = references[0][column].x;
+#pragma unroll
+      for (int w = 1; w < Traits::kWarps; ++w) {
+        reference = fmaxf(reference, references[w][column].x);
+      }
+      const float scale =
+          reference == -INFINITY ? 1.0f : fast_exp2(softmax.reference[n][i] - reference);
+#pragma unroll
+      for (int m = 0; m < kHeadDim / 16; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          sums[column * Traits::kSumsPitch + output_element<Traits>(m, half)] =
+              o[m][n][2 * half + i] * scale;
+        }
+      }
+    }
+  }
+  __syncthreads();
+  constexpr int kStep = Traits::kThreads / kColumns;  // threads of a column
+  constexpr int kCount = kHeadDim / kStep;
+  const int column = threadIdx.x / kStep, first = threadIdx.x % kStep;
+  if (column < tile.rows) {
+    float reference = -INFINITY, sum = 0, x[kCount] = {};
+#pragma unroll
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      reference = fmaxf(reference, references[w][column].x);
+    }
+#pragma unroll
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      const float2 its = references[w][column];
+      sum += reference == -INFINITY ? its.y : its.y * fast_exp2(its.x - reference);
+      const float* const from = Traits::sums_of_warp(shared, w) + column * Traits::kSumsPitch;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] += from[first + i * kStep];
+    }
+    if (part < 0) {
+      store_row<typename Traits::T>(params, tile, head_k, column, reference, sum, first, kStep, x);
+    } else {
+      float* const to = part_of(params, part);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) to[column * kHeadDim + first + i * kStep] = x[i];
+      if (first == 0) {
+        reinterpret_cast<float2*>(to + kColumns * kHeadDim)[column] = make_float2(reference, sum);
+      }
+    }
+  }
+  __syncthreads();  // the ring is free again
+}
+
+// Blocks `begin` on, `count` of them, of a tile's keys.
+template <class Traits>
+__device__ inline void attend(const FlashDecodeParams& params, const DecodeTile& tile, int head_k,
+                              int begin, int count, ColumnSoftmax<Traits::kTiles>& softmax,
+                              float (&o)[Traits::kHeadDim / 16][Traits::kTiles][4],
+                              typename Traits::Shared& shared) {
+  using Product = typename Traits::Product;
+  constexpr int kTiles = Traits::kTiles, kHeadDim = Traits::kHeadDim, kStages = Traits::kStages;
+  const FlashDecodeProblem& p = params.problem;
+  const int lane = threadIdx.x % 32;
+  int key = begin * Traits::kBlockKeys + threadIdx.x / 32 * Traits::kKeys;
+  // No key is read that no query attends to.
+  KeyLoader<Traits> loader(params, tile.batch, head_k, tile.first_key_of_all(params),
+                           tile.last_key_of_all(params), key, shared);
+#pragma unroll 1
+  for (int stage = 0; stage < kStages - 1; ++stage) {
+    if (stage < count) loader.load(stage);
+    copy_async_commit();
+  }
+  load_queries<Traits>(params, tile, head_k, shared);
+  __syncthreads();
+  const KeyReader<Traits> reader(params, shared);
+  const bool is_plain = p.softcap == 0 && p.alibi_slopes == nullptr;
+  // Keys that all queries attend to.
+  const int whole_begin = tile.first_key(tile.last_query(params));
+  const int whole_end = tile.last_key(tile.query(params, 0)) - Traits::kKeys;
+#pragma unroll 1
+  for (int turn = 0, stage = 0; turn < count; ++turn, key += Traits::kBlockKeys) {
+    copy_async_wait<kStages - 2>();
+    __syncwarp();  // all lanes' copies have arrived, and the stage before has been read
+    if (turn + kStages - 1 < count) loader.load(stage == 0 ? kStages - 1 : stage - 1);
+    copy_async_commit();
+
+    float s[kTiles][4], rescale[kTiles][2], value_scale[2], more[2];
+    reader.scores(stage, s);
+    reader.value_scales(stage, value_scale, more);
+    if (!is_plain) transform_decode_scores(params, tile, head_k, key + lane / 4, s);
+    if (key < whole_begin || key > whole_end) mask_decode_scores(params, tile, key + lane / 4, s);
+    if (softmax.refer(s, more, rescale)) {
+#pragma unroll
+      for (int m = 0; m < kHeadDim / 16; ++m) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) o[m][n][i] *= rescale[n][i % 2];
+        }
+      }
+    }
+    softmax.exponentiate(s);
+    uint32_t exponentials[kTiles][2];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* const x = s[n] + 2 * half;
+        if (Traits::kInt8) x[0] *= value_scale[half], x[1] *= value_scale[half];
+        exponentials[n][half] = transpose_matrix(pack(x[0], x[1], Product{}));
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 32; ++d) {
+      uint32_t v[2][4];
+      reader.values(stage, d, v);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        mma<Product>(v[0], exponentials[n][0], exponentials[n][1], o[2 * d][n]);
+        mma<Product>(v[1], exponentials[n][0], exponentials[n][1], o[2 * d + 1][n]);
+      }
+    }
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+  copy_async_wait<0>();
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
+    flash_decode_kernel(const __grid_constant__ FlashDecodeParams params) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+  wait_for_predecessor();
+  let_successor_start();
+  const DecodeLine line(params, Traits::kBlockKeys);
+  const int block = blockIdx.x, begin = line.begin(params, block), end = line.end(params, block);
+  if (begin >= end) return;
+  int at = begin;
+  const int heads_k = static_cast<int>(params.problem.num_heads_k);
+  DecodePlace place = line.place(params, at, Traits::kBlockKeys);
+  while (true) {
+    const DecodeTile tile = decode_tile(params, place.index);
+    const DecodeBlocks blocks = decode_blocks(params, tile, Traits::kBlockKeys);
+    const int count = min(blocks.count - place.block, end - at);
+    ColumnSoftmax<Traits::kTiles> softmax;
+    softmax.clear();
+    float o[Traits::kHeadDim / 16][Traits::kTiles][4] = {};
+    attend<Traits>(params, tile, place.head_k, blocks.begin + place.block, count, softmax, o,
+                   shared);
+    // A block of threads has a part for the tile it begins with, and one for another.
+    const bool is_whole = count == blocks.count;
+    const int part = 2 * block + (place.start > begin);
+    finish_tile<Traits>(params, tile, place.head_k, is_whole ? -1 : part, softmax, o, shared);
+    if (place.block == 0 && threadIdx.x == 0) {
+      const int last_block =
+          is_whole ? block : line.block_of(params, place.start + blocks.count - 1);
+      params.parts_of_tile[place.index * heads_k + place.head_k] =
+          make_int2(part, last_block - block + 1);
+    }
+    at += count;
+    if (at >= end) return;
+    place.start += blocks.count;
+    place.block = 0;
+    if (++place.head_k == heads_k) place.head_k = 0, ++place.index;
+  }
+}
+
+template <class Traits>
+struct FlashDecode {
+  static constexpr auto kKernel = &flash_decode_kernel<Traits>;
+  static constexpr int kSharedBytes = sizeof(typename Traits::Shared);
+  static inline std::array<int, kMaxDevices> blocks_of_device{};
+
+  static int load(const DeviceProps& props) {
+    if (kSharedBytes <= props.shared_memory_per_block) {
+      check(
+          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+          "loading a decoding kernel");
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_of_device[props.index], kKernel,
+                                                          Traits::kThreads, kSharedBytes),
+            "loading a decoding kernel");
+    }
+    return load_kernel(reinterpret_cast<const void*>(kKernel));
+  }
+  static int blocks_per_sm(int device) { return blocks_of_device[device]; }
+
+  static void launch(const FlashDecodeParams& params, cudaStream_t stream) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>(params.waves * params.at_a_time.divisor);
+    config.blockDim = Traits::kThreads;
+    config.dynamicSmemBytes = kSharedBytes;
+    config.stream = stream;
+    cudaLaunchAttribute attribute = dependent_launch();
+    config.attrs = &attribute;
+    config.numAttrs = params.launches_dependent ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kKernel, params), "launching a decoding kernel");
+  }
+
+  static bool register_kernel() {
+    constexpr DType dtype =
+        std::is_same_v<typename Traits::T, __half> ? DType::kFloat16 : DType::kBFloat16;
+    return register_flash_decode_kernel({dtype, Traits::kInt8 ? DType::kInt8 : dtype,
+                                         Traits::kHeadDim, Traits::kColumns, Traits::kStages,
+                                         Traits::kBlockKeys, &blocks_per_sm, &launch, &load});
+  }
+};
+
+}  // namespace fastq::cuda
