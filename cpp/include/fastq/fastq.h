@@ -269,6 +269,91 @@ FASTQ_API fastq_status fastq_flash_attention_workspace_size(const fastq_flash_at
                                                             size_t* bytes);
 FASTQ_API fastq_status fastq_flash_attention(const fastq_flash_attention_args* args);
 
+/* ---- the cache of keys and values ------------------------------------------------------------
+ * k, v are (batch, capacity, num_heads_k, head_dim), or pages (num_pages, page_size, num_heads_k,
+ * head_dim) with a block_table: token t of sequence b is then token t % page_size of page
+ * block_table[b, t / page_size]. page_size is a power of two and at least 16. Strides are free but
+ * for head_dim's, which is 1; on a GPU, rows that begin at multiples of 16 bytes are read faster.
+ *
+ * Their dtype is that of the queries, or int8 with a float32 scale for each token and head: x ~ q *
+ * scale, quantised as fastq_quantize_per_token does. Scales are read fastest where those of one
+ * head's tokens lie side by side, as in (batch, num_heads_k, capacity) transposed.
+ *
+ * seqlens are the tokens of each sequence, those of the call at hand included. They and block_table
+ * are read on the tensors' device only, so a graph may be replayed with others. A CPU checks them;
+ * a GPU leaves out what lies past the cache, and the pages that a sequence uses must exist.
+ */
+typedef struct fastq_kv_cache {
+  size_t struct_size;
+  fastq_tensor k, v;
+  fastq_tensor k_scale;     /* float32 (batch, capacity, num_heads_k) or (num_pages, page_size, */
+  fastq_tensor v_scale;     /* num_heads_k) of an int8 cache; absent otherwise */
+  fastq_tensor seqlens;     /* int32 (batch,) */
+  fastq_tensor block_table; /* int32 (batch, max_pages), or absent */
+} fastq_kv_cache;
+
+/* ---- flash_decode ----------------------------------------------------------------------------
+ * flash_attention of a few queries to a cache: the queries are the last seqlen_q tokens of each
+ * sequence, p(i) = i + seqlens[b] - seqlen_q. So with causal, the padding of a prompt that is
+ * padded on the left (p(i) < 0) has out = 0 and lse = -inf.
+ *
+ * Keys are divided among the processors, and the parts combined in a fixed order: the same seqlens
+ * give the same bits. With an int8 cache scores are multiplied by k's scale after their sum, and
+ * exponentials by v's before theirs.
+ *
+ * Source: Flash-Decoding (Dao et al., 2023).
+ */
+typedef struct fastq_flash_decode_args {
+  size_t struct_size;
+  fastq_tensor q; /* (batch, seqlen_q, num_heads, head_dim), dtypes as for flash_attention */
+  const fastq_kv_cache* cache;
+  fastq_tensor out;          /* like q */
+  fastq_tensor lse;          /* float32 (batch, num_heads, seqlen_q), or absent */
+  fastq_tensor alibi_slopes; /* float32 (num_heads,) or (batch, num_heads), or absent */
+  int64_t window_left;       /* with has_window only */
+  int64_t window_right;
+  int32_t has_window;
+  int32_t causal;
+  float softmax_scale; /* 0: 1 / sqrt(head_dim) */
+  float softcap;       /* 0: none */
+  void* workspace;     /* as in fastq_int8_gemm_args */
+  size_t workspace_size;
+  fastq_allocate allocate;
+  void* allocate_context;
+  void* stream;
+} fastq_flash_decode_args;
+
+FASTQ_API fastq_status fastq_flash_decode_workspace_size(const fastq_flash_decode_args* args,
+                                                         size_t* bytes);
+FASTQ_API fastq_status fastq_flash_decode(const fastq_flash_decode_args* args);
+
+/* ---- kv_append -------------------------------------------------------------------------------
+ * Writes new keys and values to a cache: row i of sequence b becomes token t = seqlens[b] -
+ * seqlen_new + i. A row whose token is negative (padding on the left) is left out.
+ *
+ * With rotary tables the first R = 2 * cos.sizes[1] elements of k, and of q where it is given, are
+ * rotated by pairs (x, y) -> (x cos - y sin, y cos + x sin), cos = cos[t, i], sin = sin[t, i]. Pair
+ * i is elements i and i + R / 2, or 2 i and 2 i + 1 with rotary_interleaved (as in GPT-J). Products
+ * and sums are rounded to float32 one by one, and the result once to q's dtype; an int8 cache
+ * quantises the float32 numbers. Tables must reach as far as the sequences: the positions past them
+ * are the last one.
+ */
+typedef struct fastq_kv_append_args {
+  size_t struct_size;
+  fastq_tensor k, v; /* (batch, seqlen_new, num_heads_k, head_dim): float32 (on a CPU), float16 or
+                        bfloat16, any strides but head_dim's 1 */
+  const fastq_kv_cache* cache;
+  fastq_tensor rotary_cos; /* (max_seqlen, R / 2), float32 or k's dtype; both or neither */
+  fastq_tensor rotary_sin;
+  fastq_tensor q;   /* (batch, seqlen_new, num_heads, head_dim), to be rotated as k; or absent */
+  fastq_tensor out; /* the rotated q: like q, and may be q itself */
+  int32_t rotary_interleaved;
+  int32_t reserved;
+  void* stream;
+} fastq_kv_append_args;
+
+FASTQ_API fastq_status fastq_kv_append(const fastq_kv_append_args* args);
+
 #ifdef __cplusplus
 }
 #endif

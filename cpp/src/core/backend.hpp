@@ -45,6 +45,9 @@ struct Backend {
   std::string (*describe)();  // a JSON object for fastq_describe
   size_t (*flash_attention_workspace_size)(const FlashAttentionProblem&);
   void (*flash_attention)(const FlashAttentionProblem&, Workspace& workspace);
+  size_t (*flash_decode_workspace_size)(const FlashDecodeProblem&);
+  void (*flash_decode)(const FlashDecodeProblem&, Workspace& workspace);
+  void (*kv_append)(const KvAppendProblem&);
 };
 
 // Called once per backend from a static initialiser; must not touch a device.

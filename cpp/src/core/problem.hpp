@@ -101,4 +101,56 @@ struct FlashAttentionProblem {
   void* stream = nullptr;
 };
 
+// float32 scales of an int8 cache, one for each token and head.
+struct CacheScales {
+  float* data = nullptr;
+  int64_t stride_batch = 0, stride_seqlen = 0, stride_head = 0;
+};
+
+// Keys and values of `batch` sequences: (batch, capacity, heads, head_dim), or pages of them,
+// (num_pages, page_size, heads, head_dim), with stride_batch from page to page.
+struct KvCache {
+  DType dtype = DType::kFloat32;  // q's, or int8
+  AttentionTensor k, v;
+  CacheScales k_scale, v_scale;      // int8 only
+  const int32_t* seqlens = nullptr;  // seqlens[b * stride_seqlens], read on the device
+  int64_t stride_seqlens = 0;
+  int64_t capacity = 0;                  // tokens that a sequence can have
+  const int32_t* block_table = nullptr;  // of pages: block_table[b * stride_table + i]
+  int64_t stride_table = 0, num_pages = 0;
+  int page_size = 0;  // a power of two; 0: no pages
+};
+
+// The queries are the last seqlen_q tokens of each sequence.
+struct FlashDecodeProblem {
+  int64_t batch = 0, seqlen_q = 0;
+  int64_t num_heads = 0, num_heads_k = 0, head_dim = 0;
+  DType dtype = DType::kFloat32;
+  AttentionTensor q, out;
+  KvCache cache;
+  float* lse = nullptr;  // lse[b * stride_lb + h * stride_lh + i * stride_lq]
+  int64_t stride_lb = 0, stride_lh = 0, stride_lq = 0;
+  const float* alibi_slopes = nullptr;  // alibi_slopes[b * stride_ab + h * stride_ah]
+  int64_t stride_ab = 0, stride_ah = 0;
+  float softmax_scale = 1, softcap = 0;         // 0: none
+  int64_t window_left = -1, window_right = -1;  // negative: no bound; causal is window_right = 0
+  int device_index = 0;
+  void* stream = nullptr;
+};
+
+// The new tokens are the last seqlen_new of each sequence.
+struct KvAppendProblem {
+  int64_t batch = 0, seqlen_new = 0;
+  int64_t num_heads = 0, num_heads_k = 0, head_dim = 0;  // num_heads of q; 0: no q
+  DType dtype = DType::kFloat32;
+  AttentionTensor k, v, q, out;  // out: the rotated q
+  KvCache cache;
+  // (max_seqlen, rotary_dim / 2), in float32 or in `dtype`; rotary_dim 0: no rotation.
+  MatrixView rotary_cos, rotary_sin;
+  int64_t rotary_dim = 0, max_seqlen = 0;
+  bool rotary_interleaved = false;
+  int device_index = 0;
+  void* stream = nullptr;
+};
+
 }  // namespace fastq
