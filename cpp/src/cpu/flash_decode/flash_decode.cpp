@@ -39,6 +39,9 @@ struct Division {
   int64_t keys_per_part(int64_t keys) const {
     return std::max(kLeastKeys, round_up(ceil_div(keys, most_parts), kAttentionKeys));
   }
+  int64_t parts_of(int64_t keys) const {
+    return std::max<int64_t>(ceil_div(keys, keys_per_part(keys)), 1);
+  }
   // From a part of a row to its next.
   int64_t part_floats() const { return heads * rows * row_floats; }
   int64_t floats() const { return parts > 1 ? parts * part_floats() : 0; }
@@ -63,16 +66,18 @@ struct KeyRange {
 
 int64_t scratch_floats(const FlashDecodeProblem& p) {
   // Threads write to lines of their own.
-  return round_up(attention_scratch(p.head_dim) + kDecodeRows * part_size(p.head_dim), 16);
+  return round_up(attention_scratch(p.head_dim) + kAttentionRows / 2 * part_size(p.head_dim), 16);
 }
 
-AttentionTask task_of(const FlashDecodeProblem& p, const KeyRange& range, int64_t head) {
-  AttentionTask task{};
-  task.batch = head / p.num_heads_k, task.head_k = head % p.num_heads_k;
-  task.seqlen_q = p.seqlen_q, task.seqlen_k = range.length;
-  task.q =
-      task.batch * p.q.stride_batch + task.head_k * (p.num_heads / p.num_heads_k) * p.q.stride_head;
-  return task;
+// Key heads of a task. In a cache that holds a token's heads side by side, several of them: their
+// keys lie in the same pages of memory. But every thread gets some tasks.
+int64_t heads_per_task(const FlashDecodeProblem& p, const Division& division, int few_rows,
+                       int threads) {
+  if (division.rows > few_rows || p.cache.k.stride_head > p.cache.k.stride_seqlen) return 1;
+  int64_t parts = 0;
+  for (int64_t b = 0; b < p.batch; ++b) parts += division.parts_of(KeyRange(p, b).keys());
+  const int64_t most = std::min(p.num_heads_k, kAttentionRows / 2 / division.rows);
+  return std::clamp<int64_t>(parts * p.num_heads_k / (4 * threads), 1, most);
 }
 
 }  // namespace
@@ -85,47 +90,56 @@ void flash_decode(const FlashDecodeProblem& p, Workspace& workspace) {
   const DecodeKernels& kernels = kernels_for(active_isa());
   const int threads = get_num_threads();
   const Division division(p);
-  const int64_t scratch_size = scratch_floats(p), heads = division.heads;
+  const int64_t scratch_size = scratch_floats(p);
   auto* const scratch = static_cast<float*>(
       workspace.get("flash_decode", (threads * scratch_size + division.floats()) * sizeof(float)));
   float* const parts = scratch + threads * scratch_size;
 
-  const int64_t tasks = heads * division.row_blocks * division.parts;
-  parallel_for(tasks, threads, [&](int64_t index, int slot) {
-    const int64_t head = index % heads, block = index / heads % division.row_blocks;
-    const int64_t part = index / heads / division.row_blocks;
-    const KeyRange range(p, head / p.num_heads_k);
-    const int64_t step = division.keys_per_part(range.keys());
-    if (part > 0 && part * step >= range.keys()) return;
-    AttentionTask task = task_of(p, range, head);
-    task.first_row = block * kDecodeRows;
+  const int64_t group = p.num_heads / p.num_heads_k;
+  const int64_t step_heads = heads_per_task(p, division, kernels.few_rows, threads);
+  const int64_t head_blocks = ceil_div(p.num_heads_k, step_heads);
+  const int64_t blocks = head_blocks * division.row_blocks;
+  parallel_for(p.batch * blocks * division.parts, threads, [&](int64_t index, int slot) {
+    AttentionTask task{};
+    task.batch = index / blocks % p.batch;
+    task.head_k = index % head_blocks * step_heads;
+    const int64_t part = index / blocks / p.batch;
+    const int64_t task_heads = std::min(step_heads, p.num_heads_k - task.head_k);
+    const KeyRange range(p, task.batch);
+    const int64_t count = division.parts_of(range.keys());
+    if (part >= count) return;
+    task.seqlen_q = p.seqlen_q, task.seqlen_k = range.length;
+    task.first_row = index / head_blocks % division.row_blocks * kDecodeRows;
     task.last_row = std::min(task.first_row + kDecodeRows, division.rows);
-    task.first_key = range.first + part * step;
-    task.last_key = std::min(task.first_key + step, range.length);
+    const int64_t keys = division.keys_per_part(range.keys());
+    task.first_key = range.first + part * keys;
+    task.last_key = std::min(task.first_key + keys, range.length);
+    task.q = task.batch * p.q.stride_batch + task.head_k * group * p.q.stride_head;
     float* const space = scratch + slot * scratch_size;
-    if (range.keys() > step) {
-      float* const its_parts = parts + part * division.part_floats() +
-                               (head * division.rows + task.first_row) * division.row_floats;
-      kernels.attend(p, task, its_parts, space);
+    const int64_t row = (task.batch * p.num_heads_k + task.head_k) * division.rows + task.first_row;
+    if (count > 1) {
+      float* const to = parts + part * division.part_floats() + row * division.row_floats;
+      kernels.attend(p, task, task_heads, to, space);
       return;
     }
-    float* const its_parts = space + attention_scratch(p.head_dim);
-    kernels.attend(p, task, its_parts, space);
-    for (int64_t row = task.first_row; row < task.last_row; ++row) {
-      kernels.combine(p, task.batch, task.head_k, row,
-                      its_parts + (row - task.first_row) * division.row_floats, 1, 0);
+    const float* from = space + attention_scratch(p.head_dim);
+    kernels.attend(p, task, task_heads, space + attention_scratch(p.head_dim), space);
+    for (int64_t head = task.head_k; head < task.head_k + task_heads; ++head) {
+      for (int64_t r = task.first_row; r < task.last_row; ++r, from += division.row_floats) {
+        kernels.combine(p, task.batch, head, r, from, 1, 0);
+      }
     }
   });
   if (division.parts == 1) return;
 
-  const int64_t all_rows = heads * division.rows;
+  const int64_t all_rows = division.heads * division.rows;
   parallel_for(ceil_div(all_rows, kRowsPerTask), threads, [&](int64_t index, int) {
     const int64_t last = std::min((index + 1) * kRowsPerTask, all_rows);
     for (int64_t at = index * kRowsPerTask; at < last; ++at) {
       const int64_t head = at / division.rows;
       const KeyRange range(p, head / p.num_heads_k);
-      const int64_t count = ceil_div(range.keys(), division.keys_per_part(range.keys()));
-      if (count <= 1) continue;
+      const int64_t count = division.parts_of(range.keys());
+      if (count == 1) continue;
       kernels.combine(p, head / p.num_heads_k, head % p.num_heads_k, at % division.rows,
                       parts + at * division.row_floats, count, division.part_floats());
     }

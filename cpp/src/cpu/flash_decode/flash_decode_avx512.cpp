@@ -3,6 +3,6 @@
 
 namespace fastq::cpu {
 
-const DecodeKernels kDecodeAvx512 = {attend_cache, combine_parts};
+const DecodeKernels kDecodeAvx512 = {attend_cache, combine_parts, kFewRows};
 
 }  // namespace fastq::cpu

@@ -1,15 +1,17 @@
 // Attention of a few rows, fewer than there are lanes: head_dim lies along the vector's lanes, and
-// each score is a dot product. A key or value is read once for all rows, which is all that matters
-// where a sequence has one query.
+// each score is a dot product. Keys and values are read from the cache as they are; that is all
+// that matters where a sequence has one query.
 //
 //   s   (rows, keys of a block)   scores, then exp(s - m), times v's scale
 //   o   (rows, head_dim)          out before its division by l
 //
-// head_dim is padded with zeros to a multiple of the lanes.
+// Where head_dim is no multiple of the lanes, it is padded with zeros, and keys and values are
+// first copied as floats.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/flash_attention/flash_attention_softmax.hpp"
@@ -19,8 +21,10 @@
 namespace fastq::cpu {
 namespace {
 
-constexpr int kFewRows = kRows / 2;                // more are faster along the lanes
+constexpr int kFewRows = kRows / 2;                // of a head; more are faster along the lanes
+constexpr int kMostFewRows = kAttentionRows;       // of all heads of a task
 constexpr int kRowTile = kLanes == 16 ? 4 : 2;     // rows that share a key in registers
+constexpr int kKeysOfHeads = 16;                   // of one head, before those of the next
 constexpr int kKeyTile = 4;                        // keys whose dot products run side by side
 constexpr int kValueTile = kLanes == 16 ? 16 : 8;  // vectors of sums
 
@@ -47,14 +51,14 @@ inline float sum_of_lanes(const Vec& v) {
 }
 
 // s[r * kAttentionKeys + key] = sum_d q[r * padded + d] k[key][d]
-template <int kRowCount, int kKeys>
-inline void dot_tile(const float* q, const float* const* k, int64_t padded, float* s) {
+template <int kRowCount, int kKeys, class T>
+inline void dot_tile(const float* q, const T* const* k, int64_t padded, float* s) {
   Vec acc[kKeys][kRowCount] = {};
   for (int64_t d = 0; d < padded; d += kLanes) {
     Vec row[kRowCount];
     for (int r = 0; r < kRowCount; ++r) row[r] = load(q + r * padded + d);
     for (int key = 0; key < kKeys; ++key) {
-      const Vec number = load(k[key] + d);
+      const Vec number = load_as_floats(k[key] + d);
       for (int r = 0; r < kRowCount; ++r) acc[key][r] += number * row[r];
     }
   }
@@ -63,9 +67,8 @@ inline void dot_tile(const float* q, const float* const* k, int64_t padded, floa
   }
 }
 
-template <int kRowCount>
-inline void dot_rows(const float* q, const float* const* k, int64_t keys, int64_t padded,
-                     float* s) {
+template <int kRowCount, class T>
+inline void dot_rows(const float* q, const T* const* k, int64_t keys, int64_t padded, float* s) {
   int64_t key = 0;
   for (; key + kKeyTile <= keys; key += kKeyTile) {
     dot_tile<kRowCount, kKeyTile>(q, k + key, padded, s + key);
@@ -74,17 +77,17 @@ inline void dot_rows(const float* q, const float* const* k, int64_t keys, int64_
 }
 
 // o[r * padded + d] += sum_key s[r * kAttentionKeys + key] v[key][d], for kCount vectors of d.
-template <int kRowCount, int kCount>
-inline void add_values_tile(const float* s, const float* const* v, int64_t keys, int64_t padded,
+template <int kRowCount, int kCount, class T>
+inline void add_values_tile(const float* s, const T* const* v, int64_t keys, int64_t padded,
                             int64_t d, float* o) {
   Vec acc[kRowCount][kCount];
   for (int r = 0; r < kRowCount; ++r) {
     for (int j = 0; j < kCount; ++j) acc[r][j] = load(o + r * padded + d + j * kLanes);
   }
   for (int64_t key = 0; key < keys; ++key) {
-    const float* const from = v[key] + d;
+    const T* const from = v[key] + d;
     for (int j = 0; j < kCount; ++j) {
-      const Vec number = load(from + j * kLanes);
+      const Vec number = load_as_floats(from + j * kLanes);
       for (int r = 0; r < kRowCount; ++r) acc[r][j] += s[r * kAttentionKeys + key] * number;
     }
   }
@@ -93,9 +96,8 @@ inline void add_values_tile(const float* s, const float* const* v, int64_t keys,
   }
 }
 
-template <int kRowCount>
-inline void add_values(const float* s, const float* const* v, int64_t keys, int64_t padded,
-                       float* o) {
+template <int kRowCount, class T>
+inline void add_values(const float* s, const T* const* v, int64_t keys, int64_t padded, float* o) {
   constexpr int kMost = std::min(kValueTile / kRowCount, 8);
   int64_t d = 0;
   for (; d + kMost * kLanes <= padded; d += kMost * kLanes) {
@@ -156,14 +158,15 @@ inline void softmax_few(const FlashDecodeProblem& p, FewRow& row, int64_t first_
   row.sum += sum_of_lanes(sum);
 }
 
-inline FewRow few_row(const FlashDecodeProblem& p, const AttentionTask& task, int64_t row) {
+inline FewRow few_row(const FlashDecodeProblem& p, const AttentionTask& task, int64_t head_k,
+                      int64_t row) {
   const int64_t group = p.num_heads / p.num_heads_k;
   FewRow its{-kInfinity, 0, task.first_key, task.last_key, 0, 0};
   its.position = row / group + task.seqlen_k - task.seqlen_q;
   if (p.window_left >= 0) its.first_key = std::max(its.position - p.window_left, its.first_key);
   if (p.window_right >= 0) its.last_key = std::min(its.position + p.window_right + 1, its.last_key);
   if (p.alibi_slopes != nullptr) {
-    const int64_t head = task.head_k * group + row % group;
+    const int64_t head = head_k * group + row % group;
     its.slope = p.alibi_slopes[task.batch * p.stride_ab + head * p.stride_ah];
   }
   return its;
@@ -179,63 +182,127 @@ inline void for_each_row_tile(int rows, const Tile& tile) {
   for (; row < rows; ++row) tile(std::integral_constant<int, 1>{}, row);
 }
 
-template <bool kScaled>
-inline void attend_few_rows(const FlashDecodeProblem& p, const AttentionTask& task, float* parts,
-                            float* scratch) {
-  const int64_t D = p.head_dim, padded = (D + kLanes - 1) / kLanes * kLanes;
-  const int rows = static_cast<int>(task.last_row - task.first_row);
-  float* const q = scratch;
-  float* const o = q + kFewRows * padded;
-  float* const s = o + kFewRows * padded;
-  float* const k_space = s + kFewRows * kAttentionKeys;
-  float* const v_space = k_space + kAttentionKeys * padded;
-  std::fill_n(scratch, 2 * kFewRows * padded, 0.0f);
-  const bool in_place = p.cache.dtype == DType::kFloat32 && padded == D;
-  if (!in_place) std::fill_n(k_space, 2 * kAttentionKeys * padded, 0.0f);
-  const CacheRows cache(p.cache, task, D);
-  const int64_t group = p.num_heads / p.num_heads_k;
-  FewRow its[kFewRows];
-  int64_t begin = task.last_key, end = task.first_key;
-  for (int r = 0; r < rows; ++r) {
-    const int64_t row = task.first_row + r;
-    its[r] = few_row(p, task, row);
-    if (its[r].first_key < its[r].last_key) {
-      begin = std::min(begin, its[r].first_key), end = std::max(end, its[r].last_key);
+// The rows of a task, `rows` of each of its heads, and all that belongs to them.
+struct FewRows {
+  int rows;
+  int64_t padded;
+  float *q, *o, *s;
+  float* space;  // for keys or values of one head as floats
+  FewRow its[kMostFewRows];
+};
+
+// Where keys or values lie, or copies of them as floats.
+template <class T, bool kCopied>
+struct FewKeys {
+  using Element = std::conditional_t<kCopied, float, T>;
+  const Element* at[kAttentionKeys];
+
+  FewKeys(const CacheRows& cache, const AttentionTensor& t, int64_t first, int64_t count,
+          const FewRows& all) {
+    for (int64_t i = 0; i < count; ++i) {
+      if constexpr (kCopied) {
+        cache.load(t, first + i, all.space + i * all.padded);
+        at[i] = all.space + i * all.padded;
+      } else {
+        at[i] = cache.address<T>(t, first + i);
+      }
     }
-    const int64_t at = task.q + row / group * p.q.stride_seqlen + row % group * p.q.stride_head;
-    load_floats(p.q.data, p.dtype, at, 1, D, q + r * padded);
   }
-  alignas(64) float k_scale[kAttentionKeys] = {}, v_scale[kAttentionKeys] = {};
-  const float *k[kAttentionKeys], *v[kAttentionKeys];
-  for (int64_t key = begin; key < end; key += kAttentionKeys) {
-    const int64_t keys = std::min<int64_t>(kAttentionKeys, end - key);
-    const int64_t next = key + keys, more = std::min<int64_t>(kAttentionKeys, end - next);
-    for (int64_t i = 0; i < keys; ++i) {
-      k[i] = cache.row(p.cache.k, key + i, in_place, k_space + i * padded);
-      v[i] = cache.row(p.cache.v, key + i, in_place, v_space + i * padded);
+};
+
+// A block of keys for all heads of a task. A token's heads lie side by side, so a few keys are read
+// for each head in turn; of a single head all of them at once.
+template <class T, bool kCopied>
+inline void attend_few_keys(const FlashDecodeProblem& p, const AttentionTask& task, int64_t heads,
+                            int64_t key, int64_t keys, int64_t end, FewRows& all) {
+  constexpr bool kScaled = std::is_same_v<T, int8_t>;
+  const int64_t step = heads > 1 ? kKeysOfHeads : kAttentionKeys;
+  const auto for_each_run = [&](const AttentionTensor& t, const auto& run) {
+    for (int64_t at = 0; at < keys; at += step) {
+      const int64_t count = std::min(step, keys - at), next = key + at + step;
+      for (int64_t h = 0; h < heads; ++h) {
+        const CacheRows cache(p.cache, task.batch, task.head_k + h, p.head_dim);
+        cache.prefetch(t, next, std::min(step, end - next));
+        run(FewKeys<T, kCopied>(cache, t, key + at, count, all).at, at, count, h * all.rows);
+      }
     }
+  };
+  for_each_run(p.cache.k, [&](const auto* k, int64_t at, int64_t count, int64_t first) {
+    for_each_row_tile(all.rows, [&](auto tile, int r) {
+      dot_rows<tile()>(all.q + (first + r) * all.padded, k, count, all.padded,
+                       all.s + (first + r) * kAttentionKeys + at);
+    });
+  });
+  // Past the last key they are 0 or what they were: no row attends to it.
+  alignas(64) float k_scale[kAttentionKeys] = {}, v_scale[kAttentionKeys] = {};
+  for (int64_t h = 0; h < heads; ++h) {
     if constexpr (kScaled) {
+      const CacheRows cache(p.cache, task.batch, task.head_k + h, p.head_dim);
       cache.scales(p.cache.k_scale, key, keys, k_scale);
       cache.scales(p.cache.v_scale, key, keys, v_scale);
     }
-    cache.prefetch(p.cache.k, next, more);
-    cache.prefetch(p.cache.v, next, more);
-    for_each_row_tile(rows, [&](auto count, int r) {
-      dot_rows<count()>(q + r * padded, k, keys, padded, s + r * kAttentionKeys);
-    });
-    for (int r = 0; r < rows; ++r) {
-      softmax_few<kScaled>(p, its[r], key, keys, k_scale, v_scale, padded, s + r * kAttentionKeys,
-                           o + r * padded);
+    for (int64_t r = h * all.rows; r < (h + 1) * all.rows; ++r) {
+      softmax_few<kScaled>(p, all.its[r], key, keys, k_scale, v_scale, all.padded,
+                           all.s + r * kAttentionKeys, all.o + r * all.padded);
     }
-    for_each_row_tile(rows, [&](auto count, int r) {
-      add_values<count()>(s + r * kAttentionKeys, v, keys, padded, o + r * padded);
+  }
+  for_each_run(p.cache.v, [&](const auto* v, int64_t at, int64_t count, int64_t first) {
+    for_each_row_tile(all.rows, [&](auto tile, int r) {
+      add_values<tile()>(all.s + (first + r) * kAttentionKeys + at, v, count, all.padded,
+                         all.o + (first + r) * all.padded);
     });
+  });
+}
+
+// Fetches the queries, and says which keys [begin, end) any of them attends to.
+inline void begin_few_rows(const FlashDecodeProblem& p, const AttentionTask& task, int64_t heads,
+                           FewRows& all, int64_t& begin, int64_t& end) {
+  const int64_t group = p.num_heads / p.num_heads_k;
+  begin = task.last_key, end = task.first_key;
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int r = 0; r < all.rows; ++r) {
+      const int64_t row = task.first_row + r, head = h * group + row % group;
+      FewRow& its = all.its[h * all.rows + r];
+      its = few_row(p, task, task.head_k + h, row);
+      if (its.first_key < its.last_key) {
+        begin = std::min(begin, its.first_key), end = std::max(end, its.last_key);
+      }
+      const int64_t at = task.q + row / group * p.q.stride_seqlen + head * p.q.stride_head;
+      load_floats(p.q.data, p.dtype, at, 1, p.head_dim, all.q + (h * all.rows + r) * all.padded);
+    }
   }
-  for (int r = 0; r < rows; ++r) {
+}
+
+template <class T, bool kCopied>
+inline void attend_few_rows(const FlashDecodeProblem& p, const AttentionTask& task, int64_t heads,
+                            float* parts, float* scratch) {
+  const int64_t D = p.head_dim;
+  FewRows all;
+  all.rows = static_cast<int>(task.last_row - task.first_row);
+  all.padded = (D + kLanes - 1) / kLanes * kLanes;
+  const int64_t count = heads * all.rows;
+  all.q = scratch, all.o = all.q + count * all.padded, all.s = all.o + count * all.padded;
+  all.space = all.s + count * kAttentionKeys;
+  std::fill_n(all.q, 2 * count * all.padded, 0.0f);
+  if (kCopied) std::fill_n(all.space, kAttentionKeys * all.padded, 0.0f);
+  int64_t begin, end;
+  begin_few_rows(p, task, heads, all, begin, end);
+  for (int64_t key = begin; key < end; key += kAttentionKeys) {
+    const int64_t keys = std::min<int64_t>(kAttentionKeys, end - key);
+    attend_few_keys<T, kCopied>(p, task, heads, key, keys, end, all);
+  }
+  for (int64_t r = 0; r < count; ++r) {
     float* const part = parts + r * part_size(D);
-    part[0] = its[r].max, part[1] = its[r].sum;
-    std::copy_n(o + r * padded, D, part + 2);
+    part[0] = all.its[r].max, part[1] = all.its[r].sum;
+    std::copy_n(all.o + r * all.padded, D, part + 2);
   }
+}
+
+template <class T>
+inline void attend_few_rows_of(const FlashDecodeProblem& p, const AttentionTask& task,
+                               int64_t heads, float* parts, float* scratch) {
+  const bool copied = p.head_dim % kLanes != 0;
+  (copied ? attend_few_rows<T, true> : attend_few_rows<T, false>)(p, task, heads, parts, scratch);
 }
 
 }  // namespace

@@ -15,13 +15,15 @@ constexpr int kDecodeRows = 64;  // of a task, at most
 constexpr int64_t part_size(int64_t head_dim) { return head_dim + 2; }
 
 struct DecodeKernels {
-  // The part of each of the task's rows, one after the other.
-  void (*attend)(const FlashDecodeProblem& problem, const AttentionTask& task, float* parts,
-                 float* scratch);
+  // The part of each of the task's rows, one after the other, and so for `heads` key heads from the
+  // task's on: more than one where there are at most `few_rows` rows of each.
+  void (*attend)(const FlashDecodeProblem& problem, const AttentionTask& task, int64_t heads,
+                 float* parts, float* scratch);
   // A row's out and lse, from `count` parts, `stride` floats apart. Row r of a sequence and key
   // head is as in AttentionTask.
   void (*combine)(const FlashDecodeProblem& problem, int64_t batch, int64_t head_k, int64_t row,
                   const float* parts, int64_t count, int64_t stride);
+  int few_rows;
 };
 
 extern const DecodeKernels kDecodeScalar;

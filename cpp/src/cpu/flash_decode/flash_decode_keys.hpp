@@ -3,33 +3,103 @@
 // Compiled once per instruction set (see float_rows.hpp).
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 #include "core/problem.hpp"
-#include "cpu/flash_attention/flash_attention_kernels.hpp"
+#include "cpu/flash_attention/flash_attention_softmax.hpp"
 #include "cpu/float_rows.hpp"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace fastq::cpu {
 namespace {
 
+// What a vector of floats is loaded from.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline Vec load_as_floats(const float* from) { return load(from); }
+
+#if defined(__AVX512F__)
+
+inline Vec load_as_floats(const int8_t* from) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v)));
+}
+inline Vec load_as_floats(const BFloat16* from) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+inline Vec load_as_floats(const Float16* from) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return reinterpret_cast<Vec>(_mm512_cvtph_ps(v));
+}
+
+#elif defined(__AVX2__)
+
+inline Vec load_as_floats(const int8_t* from) {
+  const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return reinterpret_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)));
+}
+inline Vec load_as_floats(const BFloat16* from) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return reinterpret_cast<Vec>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+inline Vec load_as_floats(const Float16* from) {
+  return reinterpret_cast<Vec>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
+#else
+
+inline Vec load_as_floats(const int8_t* from) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(from[i]);
+  return v;
+}
+inline Vec load_as_floats(const BFloat16* from) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = bfloat16_to_float(from[i].bits);
+  return v;
+}
+inline Vec load_as_floats(const Float16* from) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = float16_to_float(from[i].bits);
+  return v;
+}
+
+#endif
+
+// The rows of a sequence and head.
 class CacheRows {
  public:
-  CacheRows(const KvCache& cache, const AttentionTask& task, int64_t head_dim)
-      : cache_(cache), task_(task), head_dim_(head_dim), size_(element_size(cache.dtype)) {}
-
-  // A row as floats: where it lies, if it can be read there, else in `space`.
-  const float* row(const AttentionTensor& t, int64_t token, bool in_place, float* space) const {
-    const int64_t at = offset(t, token);
-    if (in_place) return static_cast<const float*>(t.data) + at;
-    if (cache_.dtype == DType::kInt8) {
-      const int8_t* const from = static_cast<const int8_t*>(t.data) + at;
-      for (int64_t d = 0; d < head_dim_; ++d) space[d] = static_cast<float>(from[d]);
-    } else {
-      load_floats(t.data, cache_.dtype, at, 1, head_dim_, space);
+  CacheRows(const KvCache& cache, int64_t batch, int64_t head, int64_t head_dim)
+      : cache_(cache), batch_(batch), head_(head), head_dim_(head_dim) {
+    if (cache.page_size > 0) {
+      shift_ = __builtin_ctz(static_cast<unsigned>(cache.page_size));
+      table_ = cache.block_table + batch * cache.stride_table;
     }
-    return space;
+  }
+
+  template <class T>
+  const T* address(const AttentionTensor& t, int64_t token) const {
+    return static_cast<const T*>(t.data) + offset(t, token);
+  }
+
+  void load(const AttentionTensor& t, int64_t token, float* to) const {
+    if (cache_.dtype == DType::kInt8) {
+      const int8_t* const from = address<int8_t>(t, token);
+      for (int64_t d = 0; d < head_dim_; ++d) to[d] = static_cast<float>(from[d]);
+    } else {
+      load_floats(t.data, cache_.dtype, offset(t, token), 1, head_dim_, to);
+    }
   }
 
   void scales(const CacheScales& s, int64_t first, int64_t count, float* to) const {
@@ -39,9 +109,9 @@ class CacheRows {
   // Asks for rows before they are wanted: they may lie far apart, where the processor does not look
   // ahead by itself.
   void prefetch(const AttentionTensor& t, int64_t first, int64_t count) const {
-    const int64_t bytes = head_dim_ * size_;
+    const int64_t size = element_size(cache_.dtype), bytes = head_dim_ * size;
     for (int64_t i = 0; i < count; ++i) {
-      const char* const from = static_cast<const char*>(t.data) + offset(t, first + i) * size_;
+      const char* const from = static_cast<const char*>(t.data) + offset(t, first + i) * size;
       for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
     }
   }
@@ -49,18 +119,18 @@ class CacheRows {
  private:
   template <class Strides>
   int64_t offset(const Strides& t, int64_t token) const {
-    int64_t batch = task_.batch;
-    if (cache_.page_size > 0) {
-      const auto size = static_cast<uint32_t>(cache_.page_size), at = static_cast<uint32_t>(token);
-      batch = cache_.block_table[task_.batch * cache_.stride_table + at / size];
-      token = at % size;
+    int64_t batch = batch_;
+    if (table_ != nullptr) {
+      batch = table_[token >> shift_];
+      token &= (int64_t{1} << shift_) - 1;
     }
-    return batch * t.stride_batch + token * t.stride_seqlen + task_.head_k * t.stride_head;
+    return batch * t.stride_batch + token * t.stride_seqlen + head_ * t.stride_head;
   }
 
   const KvCache& cache_;
-  const AttentionTask& task_;
-  const int64_t head_dim_, size_;
+  const int64_t batch_, head_, head_dim_;
+  int shift_ = 0;  // of a token, to its page's place in the table
+  const int32_t* table_ = nullptr;
 };
 
 }  // namespace

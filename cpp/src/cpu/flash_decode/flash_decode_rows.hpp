@@ -26,8 +26,8 @@ struct CacheKeys {
 
   void load(int64_t first, int64_t count, float* k, float* v) const {
     for (int64_t i = 0; i < count; ++i) {
-      rows.row(p.cache.k, first + i, false, k + i * p.head_dim);
-      rows.row(p.cache.v, first + i, false, v + i * p.head_dim);
+      rows.load(p.cache.k, first + i, k + i * p.head_dim);
+      rows.load(p.cache.v, first + i, v + i * p.head_dim);
     }
   }
   void scales(int64_t first, int64_t count, float* k, float* v) const {
@@ -45,7 +45,7 @@ inline void attend_many_rows(const FlashDecodeProblem& p, const AttentionTask& t
                              float* scratch) {
   Rows rows[kPanels];
   float* ot = nullptr;
-  const CacheKeys<kIsInt8> keys{p, CacheRows(p.cache, task, p.head_dim)};
+  const CacheKeys<kIsInt8> keys{p, CacheRows(p.cache, task.batch, task.head_k, p.head_dim)};
   const int panels = attend_panels(p, task, keys, scratch, rows, ot);
   for (int panel = 0; panel < panels; ++panel, ot += p.head_dim * kRows) {
     const int64_t first = task.first_row + panel * kRows;
@@ -58,17 +58,23 @@ inline void attend_many_rows(const FlashDecodeProblem& p, const AttentionTask& t
   }
 }
 
-template <bool kIsInt8>
-inline void attend(const FlashDecodeProblem& p, const AttentionTask& task, float* parts,
-                   float* scratch) {
+void attend_cache(const FlashDecodeProblem& p, const AttentionTask& task, int64_t heads,
+                  float* parts, float* scratch) {
   const bool few = task.last_row - task.first_row <= kFewRows;
-  (few ? attend_few_rows<kIsInt8> : attend_many_rows<kIsInt8>)(p, task, parts, scratch);
-}
-
-void attend_cache(const FlashDecodeProblem& p, const AttentionTask& task, float* parts,
-                  float* scratch) {
-  const bool is_int8 = p.cache.dtype == DType::kInt8;
-  (is_int8 ? attend<true> : attend<false>)(p, task, parts, scratch);
+  switch (p.cache.dtype) {
+    case DType::kInt8:
+      if (few) return attend_few_rows_of<int8_t>(p, task, heads, parts, scratch);
+      return attend_many_rows<true>(p, task, parts, scratch);
+    case DType::kFloat16:
+      if (few) return attend_few_rows_of<Float16>(p, task, heads, parts, scratch);
+      break;
+    case DType::kBFloat16:
+      if (few) return attend_few_rows_of<BFloat16>(p, task, heads, parts, scratch);
+      break;
+    default:
+      if (few) return attend_few_rows_of<float>(p, task, heads, parts, scratch);
+  }
+  attend_many_rows<false>(p, task, parts, scratch);
 }
 
 void combine_parts(const FlashDecodeProblem& p, int64_t batch, int64_t head_k, int64_t row,

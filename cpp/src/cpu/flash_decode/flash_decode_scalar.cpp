@@ -3,6 +3,6 @@
 
 namespace fastq::cpu {
 
-const DecodeKernels kDecodeScalar = {attend_cache, combine_parts};
+const DecodeKernels kDecodeScalar = {attend_cache, combine_parts, kFewRows};
 
 }  // namespace fastq::cpu
