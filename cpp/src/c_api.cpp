@@ -9,7 +9,9 @@
 #include "fastq/fastq.h"
 #include "ops/dequantize.hpp"
 #include "ops/flash_attention.hpp"
+#include "ops/flash_decode.hpp"
 #include "ops/int8_gemm.hpp"
+#include "ops/kv_append.hpp"
 #include "ops/quantize.hpp"
 
 namespace {
@@ -159,6 +161,21 @@ fastq_status fastq_flash_attention_workspace_size(const fastq_flash_attention_ar
 
 fastq_status fastq_flash_attention(const fastq_flash_attention_args* args) {
   return guarded([&] { fastq::flash_attention(required(args, "flash_attention: args")); });
+}
+
+fastq_status fastq_flash_decode_workspace_size(const fastq_flash_decode_args* args, size_t* bytes) {
+  return guarded([&] {
+    required(bytes, "flash_decode: bytes");
+    *bytes = fastq::flash_decode_workspace_size(required(args, "flash_decode: args"));
+  });
+}
+
+fastq_status fastq_flash_decode(const fastq_flash_decode_args* args) {
+  return guarded([&] { fastq::flash_decode(required(args, "flash_decode: args")); });
+}
+
+fastq_status fastq_kv_append(const fastq_kv_append_args* args) {
+  return guarded([&] { fastq::kv_append(required(args, "kv_append: args")); });
 }
 
 }  // extern "C"

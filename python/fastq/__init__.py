@@ -7,6 +7,7 @@ _distributions.warn_of_clash()
 from . import nn  # noqa: E402
 from ._core import version as _version  # noqa: E402
 from .attention import flash_attention  # noqa: E402
+from .decode import flash_decode, kv_append  # noqa: E402
 from .ops import (  # noqa: E402
     PackedWeight,
     dequantize,
@@ -29,8 +30,10 @@ __all__ = [
     "describe",
     "describe_int8_gemm",
     "flash_attention",
+    "flash_decode",
     "get_num_threads",
     "int8_gemm",
+    "kv_append",
     "nn",
     "pack_weight",
     "quantize",

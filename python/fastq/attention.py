@@ -85,18 +85,14 @@ def flash_attention(
     }
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     check_tensors("flash_attention", q=q, k=k, v=v, **given)
-    if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(max(q.shape[-1], 1)) if q.dim() > 0 else 1.0
-    elif softmax_scale == 0:
-        raise ValueError("flash_attention: softmax_scale is 0, expected another number or None")
-    left, right = _window(window)
+    left, right = check_window("flash_attention", window)
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError(
             "flash_attention: only one of cu_seqlens_q and cu_seqlens_k is given, expected both or "
             "neither"
         )
     options = (
-        float(softmax_scale),
+        check_softmax_scale("flash_attention", softmax_scale, q),
         bool(causal),
         left,
         right,
@@ -107,7 +103,7 @@ def flash_attention(
         _max_seqlen("max_seqlen_q", max_seqlen_q, cu_seqlens_q),
         _max_seqlen("max_seqlen_k", max_seqlen_k, cu_seqlens_k),
     )
-    q, k, v = (x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = with_unit_stride(q, k, v)
     direct = is_direct(q, k, v, *given.values())
     if out is None:
         out, lse = (flash_attention_kernel if direct else flash_attention_op)(q, k, v, *options)
@@ -117,13 +113,28 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
-def _window(window: Any) -> tuple[int, int]:
+def check_softmax_scale(op: str, softmax_scale: float | None, q: Tensor) -> float:
+    """The scale of :func:`flash_attention`, None included, as a number."""
+    if softmax_scale is None:
+        return 1 / math.sqrt(max(q.shape[-1], 1)) if q.dim() > 0 else 1.0
+    if softmax_scale == 0:
+        raise ValueError(f"{op}: softmax_scale is 0, expected another number or None")
+    return float(softmax_scale)
+
+
+def with_unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, or copies of those whose stride along head_dim is not 1."""
+    return tuple(x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
+def check_window(op: str, window: Any) -> tuple[int, int]:
+    """Raises unless `window` is one that :func:`flash_attention` takes."""
     try:
         left, right = window
     except (TypeError, ValueError):
         left = right = None
     if not isinstance(left, int) or not isinstance(right, int):
-        raise TypeError(f"flash_attention: window is {window!r}, expected two ints (left, right)")
+        raise TypeError(f"{op}: window is {window!r}, expected two ints (left, right)")
     return left, right
 
 

@@ -38,6 +38,21 @@ _ATTENTION = (
 )
 _library.define(f"flash_attention({_ATTENTION}) -> (Tensor, Tensor)")
 _library.define(f"flash_attention.out({_ATTENTION}, Tensor(a!) out) -> Tensor")
+_DECODE = (
+    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, "
+    "Tensor? k_scale, Tensor? v_scale, float softmax_scale, bool causal, SymInt window_left, "
+    "SymInt window_right, float softcap, Tensor? alibi_slopes"
+)
+_library.define(f"flash_decode({_DECODE}) -> (Tensor, Tensor)")
+_library.define(f"flash_decode.out({_DECODE}, Tensor(a!) out) -> Tensor")
+_APPEND = (
+    "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, "
+    "Tensor? block_table, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? rotary_cos, "
+    "Tensor? rotary_sin, bool rotary_interleaved"
+)
+_library.define(f"kv_append({_APPEND}) -> ()")
+_library.define(f"kv_append.rotate({_APPEND}, Tensor q) -> Tensor")
+_library.define(f"kv_append.rotate_out({_APPEND}, Tensor q, Tensor(e!) out) -> ()")
 
 
 def gemm_shape(a: Tensor, b: Tensor, packed_shape: Any) -> tuple[int, ...]:
@@ -157,6 +172,56 @@ def _flash_attention_fake(q, k, v, *options):
     return q.new_empty(q.shape), q.new_empty(_lse_shape(q), dtype=torch.float32)
 
 
+def _check_decode(q):
+    if q.dim() != 4:
+        raise ValueError(
+            f"flash_decode: q has shape {tuple(q.shape)}, expected (batch, seqlen, heads, head_dim)"
+        )
+
+
+def flash_decode_out_kernel(q, k_cache, v_cache, cache_seqlens, *rest):
+    *options, out = rest
+    _check_decode(q)
+    lse = torch.empty(_lse_shape(q), dtype=torch.float32, device=q.device)
+    _core.flash_decode(q, k_cache, v_cache, cache_seqlens, out, lse, *options)
+    return lse
+
+
+def flash_decode_kernel(q, *rest):
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, flash_decode_out_kernel(q, *rest, out)
+
+
+def _flash_decode_out_fake(q, *rest):
+    _check_decode(q)
+    return q.new_empty(_lse_shape(q), dtype=torch.float32)
+
+
+def _flash_decode_fake(q, *rest):
+    _check_decode(q)
+    return q.new_empty(q.shape), q.new_empty(_lse_shape(q), dtype=torch.float32)
+
+
+def kv_append_kernel(*arguments):
+    _core.kv_append(*arguments, None, None)
+
+
+def kv_append_rotate_kernel(*arguments):
+    q = arguments[-1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _core.kv_append(*arguments, out)
+    return out
+
+
+def kv_append_rotate_out_kernel(*arguments):
+    _core.kv_append(*arguments)
+
+
+def _kv_append_rotate_fake(*arguments):
+    q = arguments[-1]
+    return q.new_empty(q.shape)
+
+
 # One registration serves every device: the native library itself tells the devices apart. There
 # are no autograd kernels on purpose: they would cost microseconds a call.
 for _name, _kernel, _fake in (
@@ -168,6 +233,11 @@ for _name, _kernel, _fake in (
     ("dequantize.out", dequantize_out_kernel, lambda *args: None),
     ("flash_attention", flash_attention_kernel, _flash_attention_fake),
     ("flash_attention.out", flash_attention_out_kernel, _flash_attention_out_fake),
+    ("flash_decode", flash_decode_kernel, _flash_decode_fake),
+    ("flash_decode.out", flash_decode_out_kernel, _flash_decode_out_fake),
+    ("kv_append", kv_append_kernel, lambda *args: None),
+    ("kv_append.rotate", kv_append_rotate_kernel, _kv_append_rotate_fake),
+    ("kv_append.rotate_out", kv_append_rotate_out_kernel, lambda *args: None),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastq::{_name}", _fake, lib=_library)
@@ -180,3 +250,8 @@ dequantize_op = torch.ops.fastq.dequantize.default
 dequantize_out_op = torch.ops.fastq.dequantize.out
 flash_attention_op = torch.ops.fastq.flash_attention.default
 flash_attention_out_op = torch.ops.fastq.flash_attention.out
+flash_decode_op = torch.ops.fastq.flash_decode.default
+flash_decode_out_op = torch.ops.fastq.flash_decode.out
+kv_append_op = torch.ops.fastq.kv_append.default
+kv_append_rotate_op = torch.ops.fastq.kv_append.rotate
+kv_append_rotate_out_op = torch.ops.fastq.kv_append.rotate_out

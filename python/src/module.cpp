@@ -31,4 +31,6 @@ PYBIND11_MODULE(_core, module) {
   fp::bind_quantize(module);
   fp::bind_dequantize(module);
   fp::bind_flash_attention(module);
+  fp::bind_flash_decode(module);
+  fp::bind_kv_append(module);
 }

@@ -163,6 +163,18 @@ fastq_tensor view_of(py::handle object, const char* op, const char* name) {
   return view;
 }
 
+fastq_kv_cache cache_of(const char* op, py::handle k_cache, py::handle v_cache,
+                        py::handle cache_seqlens, py::handle block_table, py::handle k_scale,
+                        py::handle v_scale) {
+  fastq_kv_cache cache = {};
+  cache.struct_size = sizeof(cache);
+  cache.k = view_of(k_cache, op, "k_cache"), cache.v = view_of(v_cache, op, "v_cache");
+  cache.k_scale = view_of(k_scale, op, "k_scale"), cache.v_scale = view_of(v_scale, op, "v_scale");
+  cache.seqlens = view_of(cache_seqlens, op, "cache_seqlens");
+  cache.block_table = view_of(block_table, op, "block_table");
+  return cache;
+}
+
 void* current_stream(const fastq_tensor& tensor, py::handle object) {
   if (tensor.device_type != FASTQ_CUDA) return nullptr;
   const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()));

@@ -13,6 +13,11 @@ namespace py = pybind11;
 // alive. `name` is the argument's, for the message of a TypeError.
 fastq_tensor view_of(py::handle object, const char* op, const char* name);
 
+// A view of a cache of keys and values, by the names that the ops on one give its tensors.
+fastq_kv_cache cache_of(const char* op, py::handle k_cache, py::handle v_cache,
+                        py::handle cache_seqlens, py::handle block_table, py::handle k_scale,
+                        py::handle v_scale);
+
 // The stream that torch currently uses on the tensor's device; null on the CPU.
 void* current_stream(const fastq_tensor& tensor, py::handle object);
 
@@ -51,5 +56,7 @@ void bind_int8_gemm(py::module_& module);
 void bind_quantize(py::module_& module);
 void bind_dequantize(py::module_& module);
 void bind_flash_attention(py::module_& module);
+void bind_flash_decode(py::module_& module);
+void bind_kv_append(py::module_& module);
 
 }  // namespace fastq_python

@@ -157,7 +157,11 @@ def rotate(values: np.ndarray, rotation: int) -> np.ndarray:
 
 def quantize(x: torch.Tensor, rotation: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """x (..., K) -> q int8 like x, s float32 x.shape[:-1]; one float32 division per element."""
-    values = to_numpy(x) if rotation == 0 else rotate(to_numpy(x), rotation)
+    return quantize_floats(to_numpy(x) if rotation == 0 else rotate(to_numpy(x), rotation))
+
+
+def quantize_floats(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """quantize of float32 numbers."""
     absmax = np.abs(values).max(axis=-1, initial=0)  # np.max keeps NaN
     finite = np.isfinite(absmax)
     s = np.where(absmax == 0, np.float32(1), np.maximum(absmax / np.float32(127), FLT_MIN))
@@ -265,3 +269,114 @@ def flash_attention(
             its_lse = np.where(some, top + np.log(total), -np.inf)
             lse[(h, slice(begin_q, end_q)) if packed else (b, h)] = its_lse
     return out, lse
+
+
+def cached(cache, seqlens, b, block_table=None):
+    """A view or copy of the tokens of sequence b: of k, v, or their scales."""
+    length = int(seqlens[b])
+    if block_table is None:
+        return cache[b, :length]
+    page_size = cache.shape[1]
+    pages = [cache[int(page)] for page in block_table[b, : -(-length // page_size)]]
+    return np.concatenate([cache[:0].reshape(0, *cache.shape[2:]), *pages])[:length]
+
+
+def flash_decode(
+    q,
+    k_cache,
+    v_cache,
+    cache_seqlens,
+    *,
+    block_table=None,
+    k_scale=None,
+    v_scale=None,
+    causal=True,
+    alibi_slopes=None,
+    **options,
+):
+    """out and lse in float64: attention of each sequence to its own tokens, dequantised."""
+    out = np.zeros(q.shape)
+    lse = np.full((q.shape[0], q.shape[2], q.shape[1]), -np.inf)
+    for b in range(q.shape[0]):
+        k, v = sequence(b, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale)
+        slopes = (
+            alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
+        )
+        out[b : b + 1], lse[b : b + 1] = flash_attention(
+            q[b : b + 1], k, v, causal=causal, alibi_slopes=slopes, **options
+        )
+    return out, lse
+
+
+def sequence(b, k_cache, v_cache, cache_seqlens, block_table=None, k_scale=None, v_scale=None):
+    """k and v of sequence b in float64, (1, seqlen, num_heads_k, head_dim)."""
+    lengths = cache_seqlens.tolist()
+    table = None if block_table is None else block_table.cpu().numpy()
+    result = []
+    for cache, scale in ((k_cache, k_scale), (v_cache, v_scale)):
+        x = cached(to_numpy(cache), lengths, b, table).astype(np.float64)
+        if scale is not None:
+            x = x * cached(to_numpy(scale), lengths, b, table).astype(np.float64)[..., None]
+        result.append(torch.from_numpy(x[None]))
+    return result
+
+
+def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool) -> np.ndarray:
+    """x (heads, head_dim) float32 with its first 2 * len(cos) elements rotated; each product and
+    sum rounded."""
+    half = len(cos)
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+        if interleaved
+        else (slice(0, half), slice(half, 2 * half))
+    )
+    result = x.copy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        result[:, first] = x[:, first] * cos - x[:, second] * sin
+        result[:, second] = x[:, second] * cos + x[:, first] * sin
+    assert result.dtype == np.float32
+    return result
+
+
+def kv_append(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    cache_seqlens,
+    *,
+    block_table=None,
+    k_scale=None,
+    v_scale=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    rotary_interleaved=False,
+    q=None,
+):
+    """The caches and scales afterwards, and the rotated q: (k_cache, v_cache, k_scale, v_scale, q),
+    None where there is none."""
+    tensors = (k_cache, v_cache, k_scale, v_scale, q)
+    after = [None if x is None else to_numpy(x).copy() for x in tensors]
+    seqlens, seqlen_new = cache_seqlens.tolist(), k.shape[1]
+    for b in range(k.shape[0]):
+        for i in range(seqlen_new):
+            token = seqlens[b] - seqlen_new + i
+            if token < 0:
+                continue
+            place = (b, token)
+            if block_table is not None:
+                page_size = k_cache.shape[1]
+                place = (int(block_table[b, token // page_size]), token % page_size)
+            rows = [to_numpy(x[b, i]) for x in (k, v)]
+            if rotary_cos is not None:
+                angles = [to_numpy(x)[token] for x in (rotary_cos, rotary_sin)]
+                rows[0] = rope(rows[0], *angles, rotary_interleaved)
+                if q is not None:
+                    rotated = rope(to_numpy(q[b, i]), *angles, rotary_interleaved)
+                    after[4][b, i] = round_to(rotated, q.dtype)
+            for at, row in enumerate(rows):
+                if k_scale is None:
+                    after[at][place] = round_to(row, k.dtype)
+                else:
+                    after[at][place], after[at + 2][place] = quantize_floats(row)
+    return after

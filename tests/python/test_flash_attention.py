@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fastq
 import reference
+from attention_formula import assert_close, torch_attention
 from operands import FLOAT_DTYPES
 
 SEQLENS = [(1, 1), (1, 239), (799, 3), (127, 512), (113, 203), (1024, 1023)]
@@ -60,41 +61,11 @@ def qkv(batch, seqlen_q, seqlen_k, heads, heads_k, head_dim, kind=CPU, seed=0):
     )
 
 
-def torch_attention(
-    q, k, v, *, causal=False, softmax_scale=None, window=(-1, -1), softcap=0.0, alibi_slopes=None
-):
-    """The plain formula with torch, scores and probabilities in q's dtype."""
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    s = torch.einsum("bihd,bjhd->bhij", q * scale, k)
-    if softcap > 0:
-        s = softcap * torch.tanh(s / softcap)
-    positions = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
-    keys = torch.arange(k.shape[1], device=q.device)[None, :]
-    if alibi_slopes is not None:
-        slopes = alibi_slopes[None] if alibi_slopes.dim() == 1 else alibi_slopes
-        s = s - (slopes[:, :, None, None] * (positions - keys).abs()).to(s.dtype)
-    allowed = torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device)
-    if causal:
-        allowed &= keys <= positions
-    if window[0] >= 0:
-        allowed &= keys >= positions - window[0]
-    if window[1] >= 0:
-        allowed &= keys <= positions + window[1]
-    p = s.masked_fill(~allowed, -torch.inf).softmax(-1).masked_fill(~allowed, 0)
-    return torch.einsum("bhij,bjhd->bihd", p, v)
-
-
 def check(q, k, v, **options):
     out, lse = fastq.flash_attention(q, k, v, return_lse=True, **options)
     assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
     expected, expected_lse = reference.flash_attention(q, k, v, **options)
-    theirs = torch_attention(q, k, v, **options).double().cpu().numpy() - expected
-    ours = out.double().cpu().numpy() - expected
-    if ours.size > 0:
-        assert np.abs(ours).max() <= 2 * np.abs(theirs).max() + 1e-5
-        rms, size = np.sqrt(np.mean(ours**2)), np.sqrt(np.mean(expected**2))
-        assert rms <= 1.2 * np.sqrt(np.mean(theirs**2)) + 1e-6 * size
+    assert_close(out, expected, torch_attention(q, k, v, **options))
     assert lse.dtype == torch.float32
     np.testing.assert_allclose(lse.cpu().numpy(), expected_lse, rtol=2e-6, atol=2e-5)
 

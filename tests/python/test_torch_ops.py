@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastq
 import reference
+from kv_caches import Kind, make_cache, random
 from operands import (
     FLOAT_DTYPES,
     OUT_DTYPES,
@@ -65,6 +66,33 @@ def test_opcheck_flash_attention(device):
     cu = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
     packed = (q[0], k[0, :5], v[0, :5], 0.25, False, 2, 3, 9.0, None, cu, cu, 3, 3)
     torch.library.opcheck(OPS.flash_attention.default, packed)
+
+
+def decode_arguments(device, is_int8, page_size):
+    """q, k, v, the cache by name in the order of the schemas, and rotary tables."""
+    kind = Kind(device.type, torch.bfloat16)
+    q, k, v = (random(2, 3, heads, 16, kind=kind, seed=heads) for heads in (4, 2, 2))
+    cache = make_cache((20, 7), 2, 16, kind, capacity=32, page_size=page_size, is_int8=is_int8)
+    for name in cache.keys() & {"k_cache", "v_cache", "k_scale", "v_scale"}:
+        cache[name] = cache[name].nan_to_num()  # opcheck compares what is past the lengths too
+    names = ("k_cache", "v_cache", "cache_seqlens", "block_table", "k_scale", "v_scale")
+    tables = [random(32, 4, kind=kind, seed=seed) for seed in (5, 6)]
+    return q, k, v, {name: cache.get(name) for name in names}, tables
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["float", "int8"])
+def test_opcheck_flash_decode_and_kv_append(device, is_int8, page_size):
+    q, k, v, cache, tables = decode_arguments(device, is_int8, page_size)
+    cache = tuple(cache.values())
+    options = (0.25, True, 9, -1, 3.0, torch.rand(4, device=device))
+    torch.library.opcheck(OPS.flash_decode.default, (q, *cache, *options))
+    torch.library.opcheck(OPS.flash_decode.out, (q, *cache, *options, torch.zeros_like(q)))
+    torch.library.opcheck(OPS.kv_append.default, (k, v, *cache, None, None, False))
+    torch.library.opcheck(OPS.kv_append.default, (k, v, *cache, *tables, True))
+    torch.library.opcheck(OPS.kv_append.rotate, (k, v, *cache, *tables, False, q))
+    out = torch.zeros_like(q)
+    torch.library.opcheck(OPS.kv_append.rotate_out, (k, v, *cache, *tables, False, q, out))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -217,6 +245,38 @@ def test_compile_with_inductor(device):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["float", "int8"])
+def test_compile_a_step_of_generation(device, is_int8, in_place, backend):
+    """Appends to a cache, which the compiled step must change in place, and attends to it."""
+    if backend == "inductor":
+        skip_without_inductor(device)
+
+    def step(q, k, v, cache, cos, sin):
+        options = {"rotary_cos": cos, "rotary_sin": sin, "q": q}
+        if in_place:
+            fastq.kv_append(k, v, out=q, **cache, **options)
+        else:
+            q = fastq.kv_append(k, v, **cache, **options)
+        fastq.kv_append(k[:, 1:], v[:, 1:], **cache)  # without rotary tables
+        out, lse = fastq.flash_decode(q + 0, window=(12, -1), return_lse=True, **cache)
+        return out * 2, lse
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    for page_size in (0, 16):
+        plain = decode_arguments(device, is_int8, page_size)
+        traced = decode_arguments(device, is_int8, page_size)
+        expected = step(*plain[:4], *plain[4])
+        got = compiled(*traced[:4], *traced[4])
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+        assert torch.equal(plain[0], traced[0])
+        for name, tensor in plain[3].items():
+            assert tensor is None or torch.equal(tensor, traced[3][name])
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("fake", ["fake", "meta"])
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=str)
 def test_shapes_without_data(fake, out_dtype):
@@ -244,6 +304,17 @@ def test_shapes_without_data(fake, out_dtype):
         assert (z.shape, z.dtype) == (a.shape, torch.float16)
         with pytest.raises(ValueError, match="int8_gemm: a has shape"):
             fastq.int8_gemm(a, b[1:], 1.0, 1.0)
+        q = torch.empty(2, 3, 4, 16, dtype=torch.float16, device=device)
+        k = torch.empty(2, 3, 2, 16, dtype=torch.float16, device=device)
+        cache = torch.empty(2, 9, 2, 16, dtype=torch.float16, device=device)
+        lengths = torch.empty(2, dtype=torch.int32, device=device)
+        out, lse = fastq.flash_decode(q, cache, cache, lengths, return_lse=True)
+        assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, device)
+        assert (lse.shape, lse.dtype, lse.device) == ((2, 4, 3), torch.float32, device)
+        with pytest.raises(ValueError, match="flash_decode: q has shape"):
+            fastq.flash_decode(q[0], cache, cache, lengths)
+        rotated = fastq.kv_append(k, k, cache, cache, lengths, q=q, rotary_cos=k, rotary_sin=k)
+        assert (rotated.shape, rotated.dtype, rotated.device) == (q.shape, q.dtype, device)
 
     if fake == "fake":
         with FakeTensorMode():

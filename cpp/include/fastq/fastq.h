@@ -289,7 +289,7 @@ typedef struct fastq_kv_cache {
   fastq_tensor k_scale;     /* float32 (batch, capacity, num_heads_k) or (num_pages, page_size, */
   fastq_tensor v_scale;     /* num_heads_k) of an int8 cache; absent otherwise */
   fastq_tensor seqlens;     /* int32 (batch,) */
-  fastq_tensor block_table; /* int32 (batch, max_pages), or absent */
+  fastq_tensor block_table; /* int32 (batch, max_pages) with stride 1 along the pages, or absent */
 } fastq_kv_cache;
 
 /* ---- flash_decode ----------------------------------------------------------------------------
@@ -329,21 +329,23 @@ FASTQ_API fastq_status fastq_flash_decode(const fastq_flash_decode_args* args);
 
 /* ---- kv_append -------------------------------------------------------------------------------
  * Writes new keys and values to a cache: row i of sequence b becomes token t = seqlens[b] -
- * seqlen_new + i. A row whose token is negative (padding on the left) is left out.
+ * seqlen_new + i. A row whose token is negative (padding on the left) is left out; in `out` it is
+ * q's row as it is.
  *
  * With rotary tables the first R = 2 * cos.sizes[1] elements of k, and of q where it is given, are
  * rotated by pairs (x, y) -> (x cos - y sin, y cos + x sin), cos = cos[t, i], sin = sin[t, i]. Pair
  * i is elements i and i + R / 2, or 2 i and 2 i + 1 with rotary_interleaved (as in GPT-J). Products
  * and sums are rounded to float32 one by one, and the result once to q's dtype; an int8 cache
- * quantises the float32 numbers. Tables must reach as far as the sequences: the positions past them
- * are the last one.
+ * quantises the float32 numbers. Tables must reach as far as the sequences. A CPU checks it; on a
+ * GPU the positions past them are the last one.
  */
 typedef struct fastq_kv_append_args {
   size_t struct_size;
   fastq_tensor k, v; /* (batch, seqlen_new, num_heads_k, head_dim): float32 (on a CPU), float16 or
                         bfloat16, any strides but head_dim's 1 */
   const fastq_kv_cache* cache;
-  fastq_tensor rotary_cos; /* (max_seqlen, R / 2), float32 or k's dtype; both or neither */
+  fastq_tensor rotary_cos; /* (max_seqlen, R / 2), float32 or k's dtype, the same for both; both or
+                              neither */
   fastq_tensor rotary_sin;
   fastq_tensor q;   /* (batch, seqlen_new, num_heads, head_dim), to be rotated as k; or absent */
   fastq_tensor out; /* the rotated q: like q, and may be q itself */

@@ -217,6 +217,60 @@ inline void flash_attention(fastq_flash_attention_args args, void* workspace = n
   check(fastq_flash_attention(&args));
 }
 
+// A cache of keys and values, (batch, capacity, num_heads_k, head_dim), or pages with a
+// block_table. Set k_scale and v_scale of an int8 cache on the result.
+inline fastq_kv_cache kv_cache(const fastq_tensor& k, const fastq_tensor& v,
+                               const fastq_tensor& seqlens, const fastq_tensor& block_table = {}) {
+  fastq_kv_cache cache = {};
+  cache.struct_size = sizeof(cache);
+  cache.k = k, cache.v = v;
+  cache.seqlens = seqlens;
+  cache.block_table = block_table;
+  return cache;
+}
+
+inline size_t flash_decode_workspace_size(const fastq_flash_decode_args& args) {
+  size_t bytes = 0;
+  check(fastq_flash_decode_workspace_size(&args, &bytes));
+  return bytes;
+}
+
+// The arguments of one attention to a cache; set the rest on the result.
+// Keep `cache` alive as long as the struct.
+inline fastq_flash_decode_args flash_decode_args(const fastq_tensor& q, const fastq_kv_cache& cache,
+                                                 const fastq_tensor& out, bool causal = true,
+                                                 void* stream = nullptr) {
+  fastq_flash_decode_args args = {};
+  args.struct_size = sizeof(args);
+  args.q = q;
+  args.cache = &cache;
+  args.out = out;
+  args.causal = causal;
+  args.stream = stream;
+  return args;
+}
+
+inline void flash_decode(fastq_flash_decode_args args, void* workspace = nullptr,
+                         size_t workspace_size = 0) {
+  args.workspace = workspace;
+  args.workspace_size = workspace_size;
+  check(fastq_flash_decode(&args));
+}
+
+// The arguments that append keys and values to a cache; set rotary tables, and q and out to be
+// rotated, on the result. Keep `cache` alive as long as the struct.
+inline fastq_kv_append_args kv_append_args(const fastq_tensor& k, const fastq_tensor& v,
+                                           const fastq_kv_cache& cache, void* stream = nullptr) {
+  fastq_kv_append_args args = {};
+  args.struct_size = sizeof(args);
+  args.k = k, args.v = v;
+  args.cache = &cache;
+  args.stream = stream;
+  return args;
+}
+
+inline void kv_append(const fastq_kv_append_args& args) { check(fastq_kv_append(&args)); }
+
 inline int get_num_threads() {
   int32_t num_threads = 0;
   check(fastq_get_num_threads(&num_threads));

@@ -1,5 +1,6 @@
 #include "core/tensor.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <utility>
@@ -78,10 +79,47 @@ ByteRange byte_range(const TensorView& t) {
           base + static_cast<uintptr_t>((high + 1) * size)};
 }
 
+namespace {
+
+// Whether two views with the same strides, y's first element `apart` elements after x's, are parts
+// of one larger view without a common element: q, k and v of a fused projection, or keys and values
+// that alternate in one cache. `apart` is then a step of so many indices along each dimension, and
+// the parts' indices do not meet along one of them.
+bool are_apart(const TensorView& x, const TensorView& y, int64_t apart) {
+  TensorView whole = x;
+  std::array<bool, FASTQ_MAX_RANK> done{};
+  bool meet = true;
+  for (int n = 0; n < x.rank; ++n) {
+    int next = -1;  // the largest stride not yet taken
+    for (int i = 0; i < x.rank; ++i) {
+      if (!done[i] && (next < 0 || whole.strides[i] > whole.strides[next])) next = i;
+    }
+    done[next] = true;
+    if (x.sizes[next] == 1 && y.sizes[next] == 1) continue;
+    const int64_t stride = x.sizes[next] > 1 ? x.strides[next] : y.strides[next];
+    const bool same = x.sizes[next] == 1 || y.sizes[next] == 1 || stride == y.strides[next];
+    if (!same || stride <= 0) return false;
+    const int64_t step = apart / stride;
+    apart -= step * stride;
+    whole.strides[next] = stride;
+    whole.sizes[next] = std::max(x.sizes[next], step + y.sizes[next]);
+    meet = meet && step < x.sizes[next];
+  }
+  return apart == 0 && !meet && !overlaps_itself(whole);
+}
+
+}  // namespace
+
 bool may_overlap(const TensorView& x, const TensorView& y) {
   if (x.device_type != y.device_type || x.device_index != y.device_index) return false;
   const ByteRange a = byte_range(x), b = byte_range(y);
-  return a.begin < b.end && b.begin < a.end;
+  if (a.begin >= b.end || b.begin >= a.end) return false;
+  if (x.dtype != y.dtype || x.rank != y.rank) return true;
+  const auto at_x = reinterpret_cast<uintptr_t>(x.data), at_y = reinterpret_cast<uintptr_t>(y.data);
+  const auto bytes = static_cast<int64_t>(at_x < at_y ? at_y - at_x : at_x - at_y);
+  const int64_t size = element_size(dtype_of(x));
+  if (bytes % size != 0) return true;
+  return at_x < at_y ? !are_apart(x, y, bytes / size) : !are_apart(y, x, bytes / size);
 }
 
 bool is_same_view(const TensorView& x, const TensorView& y) {

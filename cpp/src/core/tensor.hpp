@@ -37,6 +37,7 @@ struct ByteRange {
   uintptr_t begin, end;
 };
 ByteRange byte_range(const TensorView& t);
+// Whether the two may have a byte in common. Exact for parts of one tensor that have its strides.
 bool may_overlap(const TensorView& x, const TensorView& y);
 // Whether every index names the same element, of the same dtype, in both.
 bool is_same_view(const TensorView& x, const TensorView& y);

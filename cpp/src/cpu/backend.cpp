@@ -5,9 +5,11 @@
 
 #include "cpu/dequantize/dequantize.hpp"
 #include "cpu/flash_attention/flash_attention.hpp"
+#include "cpu/flash_decode/flash_decode.hpp"
 #include "cpu/int8_gemm/int8_gemm.hpp"
 #include "cpu/int8_gemm/pack.hpp"
 #include "cpu/isa.hpp"
+#include "cpu/kv_append/kv_append.hpp"
 #include "cpu/quantize/quantize.hpp"
 #include "cpu/thread_pool.hpp"
 
@@ -31,7 +33,10 @@ const Backend kBackend = {int8_gemm_workspace_size,
                           dequantize,
                           describe,
                           flash_attention_workspace_size,
-                          flash_attention};
+                          flash_attention,
+                          flash_decode_workspace_size,
+                          flash_decode,
+                          kv_append};
 
 [[maybe_unused]] const bool registered = register_backend(DeviceType::kCpu, kBackend);
 

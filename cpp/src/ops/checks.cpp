@@ -91,10 +91,12 @@ void check_same_shape(const char* op, const NamedTensor& tensor, const NamedTens
   for (int i = 0; same && i < like.view->rank; ++i) {
     same = tensor.view->sizes[i] == like.view->sizes[i];
   }
-  if (!same) {
-    invalid_value(prefix(op, tensor) + " has shape " + shape_text(*tensor.view) + ", expected " +
-                  shape_text(*like.view) + " as " + like.name + " has");
-  }
+  if (!same) wrong_shape(op, tensor, shape_text(*like.view) + " as " + like.name + " has");
+}
+
+void wrong_shape(const char* op, const NamedTensor& tensor, const std::string& expected) {
+  invalid_value(prefix(op, tensor) + " has shape " + shape_text(*tensor.view) + ", expected " +
+                expected);
 }
 
 void check_output(const char* op, const NamedTensor& out,

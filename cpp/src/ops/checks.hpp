@@ -21,6 +21,8 @@ void check_dtype(const char* op, const NamedTensor& tensor, std::initializer_lis
 void check_rank(const char* op, const NamedTensor& tensor, int at_least, int at_most);
 void check_same_device(const char* op, std::initializer_list<NamedTensor> tensors);
 void check_same_shape(const char* op, const NamedTensor& tensor, const NamedTensor& like);
+[[noreturn]] void wrong_shape(const char* op, const NamedTensor& tensor,
+                              const std::string& expected);
 
 // Writable, no element written twice, and no byte shared with an input.
 void check_output(const char* op, const NamedTensor& out,

@@ -1,13 +1,12 @@
 #include "ops/flash_attention.hpp"
 
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
 
 #include "core/backend.hpp"
 #include "core/error.hpp"
+#include "ops/attention.hpp"
 #include "ops/checks.hpp"
 
 namespace fastq {
@@ -16,26 +15,12 @@ namespace {
 constexpr const char* kOp = "flash_attention";
 constexpr size_t kLeastArgs = sizeof(fastq_flash_attention_args);
 
-[[noreturn]] void wrong_shape(const NamedTensor& tensor, const std::string& expected) {
-  invalid_value(std::string(kOp) + ": " + tensor.name + " has shape " + shape_text(*tensor.view) +
-                ", expected " + expected);
-}
-
 // The tensors' shapes, and what the sizes of one say of the others'.
 struct Sizes {
   bool is_packed;
   int64_t batch, rows_q, rows_k;  // rows: a sequence's, or all sequences' together where packed
   int64_t num_heads, num_heads_k, head_dim;
 };
-
-void check_head_dim_stride(const NamedTensor& tensor) {
-  const TensorView& t = *tensor.view;
-  const int64_t stride = t.strides[t.rank - 1];
-  if (stride != 1 && t.sizes[t.rank - 1] > 1 && numel(t) > 0) {
-    invalid_value(std::string(kOp) + ": " + tensor.name + " has stride " + std::to_string(stride) +
-                  " along head_dim, expected 1; pass a contiguous copy");
-  }
-}
 
 Sizes check_shapes(const NamedTensor& q, const NamedTensor& k, const NamedTensor& v,
                    const NamedTensor& out, const fastq_flash_attention_args& args) {
@@ -47,30 +32,27 @@ Sizes check_shapes(const NamedTensor& q, const NamedTensor& k, const NamedTensor
   const int rank = s.is_packed ? 3 : 4;
   for (const NamedTensor& tensor : {q, k, v}) {
     if (tensor.view->rank != rank) {
-      wrong_shape(tensor, s.is_packed ? "(total, heads, head_dim), as cu_seqlens are given"
-                                      : "(batch, seqlen, heads, head_dim)");
+      wrong_shape(kOp, tensor,
+                  s.is_packed ? "(total, heads, head_dim), as cu_seqlens are given"
+                              : "(batch, seqlen, heads, head_dim)");
     }
-    check_head_dim_stride(tensor);
+    check_head_dim_stride(kOp, tensor);
   }
   check_same_shape(kOp, v, k);
   check_same_shape(kOp, out, q);
-  check_head_dim_stride(out);
+  check_head_dim_stride(kOp, out);
   const int64_t* const q_sizes = q.view->sizes + rank - 3;  // rows, heads, head_dim
   const int64_t* const k_sizes = k.view->sizes + rank - 3;
   s.rows_q = q_sizes[0], s.rows_k = k_sizes[0];
   s.num_heads = q_sizes[1], s.num_heads_k = k_sizes[1];
   s.head_dim = q_sizes[2];
   if (k_sizes[2] != s.head_dim) {
-    wrong_shape(k, "head_dim " + std::to_string(s.head_dim) + " as q has");
+    wrong_shape(kOp, k, "head_dim " + std::to_string(s.head_dim) + " as q has");
   }
-  if (s.head_dim < 1 || s.head_dim > kMaxHeadDim) {
-    wrong_shape(q, "head_dim from 1 to " + std::to_string(kMaxHeadDim));
-  }
-  if (s.num_heads_k == 0 ? s.num_heads != 0 : s.num_heads % s.num_heads_k != 0) {
-    wrong_shape(k, "a number of heads that divides q's " + std::to_string(s.num_heads));
-  }
-  if (s.rows_q > INT32_MAX) wrong_shape(q, "at most 2147483647 rows");
-  if (s.rows_k > INT32_MAX) wrong_shape(k, "at most 2147483647 rows");
+  check_head_dim(kOp, q, s.head_dim);
+  check_num_heads(kOp, k, s.num_heads, s.num_heads_k);
+  if (s.rows_q > INT32_MAX) wrong_shape(kOp, q, "at most 2147483647 rows");
+  if (s.rows_k > INT32_MAX) wrong_shape(kOp, k, "at most 2147483647 rows");
   if (s.is_packed) {
     const NamedTensor cu_q{"cu_seqlens_q", &args.cu_seqlens_q};
     for (const NamedTensor& cu : {cu_q, NamedTensor{"cu_seqlens_k", &args.cu_seqlens_k}}) {
@@ -78,7 +60,7 @@ Sizes check_shapes(const NamedTensor& q, const NamedTensor& k, const NamedTensor
       check_dtype(kOp, cu, {DType::kInt32});
       const TensorView& t = *cu.view;
       if (t.rank != 1 || t.sizes[0] < 1 || (t.sizes[0] > 1 && t.strides[0] != 1)) {
-        wrong_shape(cu, "a contiguous (batch + 1,)");
+        wrong_shape(kOp, cu, "a contiguous (batch + 1,)");
       }
     }
     check_same_shape(kOp, {"cu_seqlens_k", &args.cu_seqlens_k}, cu_q);
@@ -86,7 +68,7 @@ Sizes check_shapes(const NamedTensor& q, const NamedTensor& k, const NamedTensor
   } else {
     s.batch = q.view->sizes[0];
     if (k.view->sizes[0] != s.batch) {
-      wrong_shape(k, "batch " + std::to_string(s.batch) + " as q has");
+      wrong_shape(kOp, k, "batch " + std::to_string(s.batch) + " as q has");
     }
   }
   return s;
@@ -114,23 +96,10 @@ void check_cu_seqlens(const NamedTensor& cu, int64_t rows, int64_t max_seqlen) {
   }
 }
 
-void check_numbers(const fastq_flash_attention_args& args) {
-  if (!std::isfinite(args.softmax_scale)) {
-    invalid_value(std::string(kOp) + ": softmax_scale is " + std::to_string(args.softmax_scale) +
-                  ", expected a finite number");
-  }
-  if (!std::isfinite(args.softcap) || args.softcap < 0) {
-    invalid_value(std::string(kOp) + ": softcap is " + std::to_string(args.softcap) +
-                  ", expected a finite number from 0 on");
-  }
+void check_max_seqlens(const fastq_flash_attention_args& args) {
   if (is_present(args.cu_seqlens_q) && (args.max_seqlen_q < 0 || args.max_seqlen_k < 0)) {
     invalid_value(std::string(kOp) + ": max_seqlen is negative");
   }
-}
-
-AttentionTensor attention_tensor(const TensorView& t) {
-  const int64_t* const strides = t.strides + t.rank - 3;
-  return {t.data, t.rank == 4 ? t.strides[0] : 0, strides[0], strides[1]};
 }
 
 // Nothing where there is nothing to write.
@@ -144,7 +113,7 @@ std::optional<FlashAttentionProblem> checked(const fastq_flash_attention_args& a
   check_same_device(kOp,
                     {q, k, v, out, lse, slopes, NamedTensor{"cu_seqlens_q", &args.cu_seqlens_q},
                      NamedTensor{"cu_seqlens_k", &args.cu_seqlens_k}});
-  check_numbers(args);
+  check_max_seqlens(args);
   check_output(kOp, out, {q, k, v, slopes});
 
   FlashAttentionProblem p;
@@ -164,39 +133,9 @@ std::optional<FlashAttentionProblem> checked(const fastq_flash_attention_args& a
       check_cu_seqlens({"cu_seqlens_k", &args.cu_seqlens_k}, s.rows_k, p.seqlen_k);
     }
   }
-  if (is_present(args.lse)) {
-    check_well_formed(kOp, lse);
-    check_dtype(kOp, lse, {DType::kFloat32});
-    const TensorView& t = args.lse;
-    const int rank = s.is_packed ? 2 : 3;
-    const bool fits = t.rank == rank && (s.is_packed || t.sizes[0] == s.batch) &&
-                      t.sizes[rank - 2] == s.num_heads && t.sizes[rank - 1] == s.rows_q;
-    if (!fits)
-      wrong_shape(lse, s.is_packed ? "(num_heads, total_q)" : "(batch, num_heads, seqlen_q)");
-    check_output(kOp, lse, {q, k, v, out, slopes});
-    p.lse = static_cast<float*>(t.data);
-    p.stride_lb = s.is_packed ? 0 : t.strides[0];
-    p.stride_lh = t.strides[rank - 2], p.stride_lq = t.strides[rank - 1];
-  }
-  if (is_present(args.alibi_slopes)) {
-    check_well_formed(kOp, slopes);
-    check_dtype(kOp, slopes, {DType::kFloat32});
-    const TensorView& t = args.alibi_slopes;
-    const bool fits = (t.rank == 1 || (t.rank == 2 && t.sizes[0] == s.batch)) &&
-                      t.sizes[t.rank - 1] == s.num_heads;
-    if (!fits) wrong_shape(slopes, "(num_heads,) or (batch, num_heads)");
-    p.alibi_slopes = static_cast<const float*>(t.data);
-    p.stride_ab = t.rank == 2 ? t.strides[0] : 0;
-    p.stride_ah = t.strides[t.rank - 1];
-  }
-  p.softmax_scale = args.softmax_scale != 0 ? args.softmax_scale
-                                            : 1.0f / std::sqrt(static_cast<float>(s.head_dim));
-  p.softcap = args.softcap;
-  if (args.has_window != 0) {  // no sequence is longer
-    p.window_left = std::min<int64_t>(args.window_left, INT32_MAX);
-    p.window_right = std::min<int64_t>(args.window_right, INT32_MAX);
-  }
-  if (args.causal != 0) p.window_right = 0;
+  set_scores(kOp, args, p);
+  set_alibi_slopes(kOp, slopes, p);
+  set_lse(kOp, lse, s.is_packed, s.rows_q, {q, k, v, out, slopes}, p);
   p.device_index = args.q.device_index;
   p.stream = args.stream;
   if (p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0 || s.rows_q == 0) return std::nullopt;

@@ -62,6 +62,7 @@ void flash_attention(const FlashAttentionProblem& p, Workspace& workspace) {
       task.seqlen_q = p.cu_seqlens_q[b + 1] - begin_q;
       task.seqlen_k = p.cu_seqlens_k[b + 1] - begin_k;
     }
+    task.last_key = task.seqlen_k;
     task.first_row = block * step;
     task.last_row = std::min(task.first_row + step, task.seqlen_q * group);
     if (task.first_row >= task.last_row) return;

@@ -158,7 +158,7 @@ void attend_rows_amx(const FlashAttentionProblem& problem, const AttentionTask& 
 
   Rows rows[kPanels];
   const int panels = static_cast<int>((task.last_row - task.first_row + kRows - 1) / kRows);
-  int64_t begin = task.seqlen_k, end = 0;
+  int64_t begin = task.last_key, end = task.first_key;
   for (int panel = 0; panel < panels; ++panel) {
     const int64_t first = task.first_row + panel * kRows;
     set_rows(problem, task, first, rows[panel]);
@@ -192,7 +192,7 @@ void attend_rows_amx(const FlashAttentionProblem& problem, const AttentionTask& 
                         kRowTiles * kTile, steps);
         store_square(st + tile * 16 * kRows);
       }
-      softmax_block(problem, its, key, keys, st, o);
+      softmax_block<false>(problem, its, key, keys, st, o);
       pack_probabilities(st, keys, p);
       for (int64_t tile = 0; tile < 2 * steps; tile += 2) {
         load_square(o + tile * 16 * kRows);

@@ -13,6 +13,7 @@ struct AttentionTask {
   int64_t batch, head_k;
   int64_t first_row, last_row;
   int64_t seqlen_q, seqlen_k;
+  int64_t first_key, last_key;  // of the sequence's, those that the task attends to
   // The first element of the sequence and head in each tensor, in elements.
   int64_t q, k, v, out, lse;
 };

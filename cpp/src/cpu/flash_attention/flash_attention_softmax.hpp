@@ -1,5 +1,5 @@
-// The rows of FlashAttention's forward pass on the CPU: which keys each attends to, the running
-// maximum m and sum l of its softmax, and its output.
+// The rows of FlashAttention's forward pass on the CPU, flash_decode's too: which keys each attends
+// to, the running maximum m and sum l of its softmax, and its output.
 //
 // Scores are transposed, (keys, kRows): rows lie along the vector's lanes, so that the softmax is
 // one lane's own affair. kRows rows are a panel.
@@ -122,27 +122,32 @@ inline bool all_equal(const Vec& x, const Vec& y) {
 }
 
 // The scores of a block's keys, from the products q . k to exp(s - m); m, l and ot move on with
-// them.
-inline void softmax_block(const FlashAttentionProblem& p, Rows& rows, int64_t first_key,
-                          int64_t keys, float* st, float* ot) {
+// them. With kScaled keys and values have a scale each: the products are multiplied by k's, what
+// st is left with by v's, where the row attends to the key.
+template <bool kScaled, class Problem>
+inline void softmax_block(const Problem& p, Rows& rows, int64_t first_key, int64_t keys, float* st,
+                          float* ot, const float* k_scale = nullptr,
+                          const float* v_scale = nullptr) {
   const bool masked = first_key < rows.most_first || first_key + keys > rows.least_last;
   for (int j = 0; j < kVectors; ++j) {
     const Vec nothing = Vec{} - kInfinity;
     const IntVec attended = rows.last_key[j] - rows.first_key[j];
+    const auto attends = [&](int32_t at) {  // first_key <= at < last_key, in one comparison
+      const IntVec from_first = at - rows.first_key[j];
+      return reinterpret_cast<UintVec>(from_first) < reinterpret_cast<UintVec>(attended);
+    };
     Vec max = rows.max[j];
     for (int64_t key = 0; key < keys; ++key) {
-      Vec s = load(st + key * kRows + j * kLanes) * p.softmax_scale;
+      Vec s = load(st + key * kRows + j * kLanes);
+      if constexpr (kScaled) s *= k_scale[key];
+      s *= p.softmax_scale;
       if (p.softcap > 0) s = p.softcap * tanh_of(s / p.softcap);
       const auto at = static_cast<int32_t>(first_key + key);
       if (p.alibi_slopes != nullptr) {
         const IntVec distance = rows.position[j] - at;
         s -= rows.slope[j] * __builtin_convertvector(distance < 0 ? -distance : distance, Vec);
       }
-      if (masked) {  // first_key <= at < last_key, in one comparison of unsigned numbers
-        s = reinterpret_cast<UintVec>(at - rows.first_key[j]) < reinterpret_cast<UintVec>(attended)
-                ? s
-                : nothing;
-      }
+      if (masked) s = attends(at) ? s : nothing;
       max = s > max ? s : max;
       store(st + key * kRows + j * kLanes, s);
     }
@@ -154,8 +159,13 @@ inline void softmax_block(const FlashAttentionProblem& p, Rows& rows, int64_t fi
     Vec sum = {};
     for (int64_t key = 0; key < keys; ++key) {
       const Vec e = exp_negative(load(st + key * kRows + j * kLanes) - shift);
-      store(st + key * kRows + j * kLanes, e);
       sum += e;
+      Vec weight = e;
+      if constexpr (kScaled) {
+        weight *= v_scale[key];  // of a key not attended to it may be NaN
+        if (masked) weight = attends(static_cast<int32_t>(first_key + key)) ? weight : Vec{};
+      }
+      store(st + key * kRows + j * kLanes, weight);
     }
     if (!all_equal(max, rows.max[j])) {
       const Vec old = rows.max[j];
@@ -172,16 +182,16 @@ inline void softmax_block(const FlashAttentionProblem& p, Rows& rows, int64_t fi
 }
 
 // Which keys the rows of a panel attend to; lanes past the last row attend to none.
-inline void set_rows(const FlashAttentionProblem& p, const AttentionTask& task, int64_t first,
-                     Rows& rows) {
+template <class Problem>
+inline void set_rows(const Problem& p, const AttentionTask& task, int64_t first, Rows& rows) {
   const int64_t group = p.num_heads / p.num_heads_k;
-  rows.least_first = rows.least_last = task.seqlen_k;
+  rows.least_first = rows.least_last = task.last_key;
   rows.most_first = rows.most_last = 0;
   for (int lane = 0; lane < kRows; ++lane) {
     const int64_t row = first + lane, i = row / group;
     const int64_t position = i + task.seqlen_k - task.seqlen_q;
-    int64_t begin = 0, end = task.seqlen_k;
-    if (p.window_left >= 0) begin = std::max<int64_t>(position - p.window_left, 0);
+    int64_t begin = task.first_key, end = task.last_key;
+    if (p.window_left >= 0) begin = std::max(position - p.window_left, begin);
     if (p.window_right >= 0) end = std::min(position + p.window_right + 1, end);
     if (row >= task.last_row || begin >= end) begin = end = 0;
     const int j = lane / kLanes, in = lane % kLanes;
