@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import int8_gemm_summary
+from .flash_decode import COPY, INT8
 from .int8_gemm_cases import BF16_MM, INT_MM, QLINEAR
 from .int8_gemm_summary import PACKED, QUANTIZED
 from .results import REPOSITORY, RESULTS, newest
@@ -148,6 +149,37 @@ def attention_table(lines: list[Line]) -> list[str]:
     return [text, "", *table(head, rows)]
 
 
+def decode_tables(lines: list[Line]) -> list[str]:
+    """Ours with a 16-bit and with an int8 cache: microseconds, the share of the copy's bandwidth,
+    how far ahead of torch's fastest backend; and of int8 how far ahead of 16 bits."""
+    copies = {}
+    for line in lines:
+        if line["implementation"] == COPY:
+            copies[line["dtype"], str(line["shape"])] = line["rate"]
+    rows = {}
+    for line in lines:
+        if not line["implementation"].startswith("fastq"):
+            continue
+        shape = line["shape"]
+        heads = f"{shape['heads']} ({shape['heads_k']} of keys) × {shape['head_dim']}"
+        key = (line["dtype"], shape["batch"], shape["seqlen"], heads)
+        share = line["rate"] / copies[line["dtype"], str(shape)]
+        cells = [microseconds(line), f"{line['rate']:,.0f}"]
+        if line["implementation"] == INT8:
+            cells += [f"{line['ratios']['fastq']:.2f}"]
+        else:
+            cells += [f"{share:.2f}", f"{line['ratio']:.2f}"]
+        rows.setdefault(key, []).extend(cells)
+    head = ["dtype", "batch × tokens", "heads × head_dim"]
+    head += ["µs", "GB/s", "× copy", "× SDPA", "int8 µs", "int8 GB/s", "× 16 bits"]
+    texts = [
+        [dtype, f"{batch} × {seqlen}", heads, *cells]
+        for (dtype, batch, seqlen, heads), cells in rows.items()
+    ]
+    text = "`flash_decode`, one new token; beside a copy's bandwidth and torch's fastest backend:"
+    return [text, "", *table(head, texts)]
+
+
 def read(folder: Path, op: str) -> list[Line]:
     path = folder / f"{op}.jsonl"
     return list(newest(path).values()) if path.exists() else []
@@ -155,10 +187,9 @@ def read(folder: Path, op: str) -> list[Line]:
 
 def section(folder: Path) -> list[str]:
     """The tables of one device."""
-    gemm, attention, quantize, overhead = (
-        read(folder, op) for op in ("int8_gemm", "flash_attention", "quantize", "call_overhead")
-    )
-    lines = gemm + attention + quantize + overhead
+    ops = ("int8_gemm", "flash_attention", "flash_decode", "quantize", "call_overhead")
+    gemm, attention, decode, quantize, overhead = (read(folder, op) for op in ops)
+    lines = gemm + attention + decode + quantize + overhead
     if not lines:
         return []
     last = max(lines, key=lambda line: line["time"])
@@ -168,6 +199,8 @@ def section(folder: Path) -> list[str]:
         text += gemm_tables(gemm)
     if attention:
         text += attention_table(attention)
+    if decode:
+        text += decode_tables(decode)
     if quantize:
         head = ["bfloat16 rows × columns", "fastq µs", "GB/s", "eager torch µs", "× torch"]
         text += table(head, quantize_rows(quantize))
