@@ -150,8 +150,8 @@ __device__ __forceinline__ void mask_decode_scores(const FlashDecodeParams& para
 
 // Adds the warps' sums of a tile, and writes its outputs, or the part of them that these are.
 template <class Traits>
-__device__ inline void finish_tile(const FlashDecodeParams& params, const DecodeTile& tile,
-                                   int head_k, int part, ColumnSoftmax<Traits::kTiles>& softmax,
+__device__ inline void finish_tile(const FlashDecodeParams& params,
+                                   ColumnSoftmax<Traits::kTiles>& softmax,
                                    float (&o)[Traits::kHeadDim / 16][Traits::kTiles][4],
                                    typename Traits::Shared& shared) {
   constexpr int kTiles = Traits::kTiles, kHeadDim = Traits::kHeadDim, kColumns = Traits::kColumns;
@@ -197,6 +197,11 @@ __device__ inline void finish_tile(const FlashDecodeParams& params, const Decode
   constexpr int kStep = Traits::kThreads / kColumns;  // threads of a column
   constexpr int kCount = kHeadDim / kStep;
   const int column = threadIdx.x / kStep, first = threadIdx.x % kStep;
+  const DecodePiece& piece = shared.piece;
+  const DecodeTile tile = decode_tile(params, piece.place.index);
+  const int blocks = decode_blocks(params, tile, Traits::kBlockKeys).count;
+  const int part = piece.part(blocks);
+  if (threadIdx.x == 0) piece.store_parts(params, blocks);
   if (column < tile.rows) {
     float reference = -INFINITY, sum = 0, x[kCount] = {};
 #pragma unroll
@@ -212,7 +217,8 @@ __device__ inline void finish_tile(const FlashDecodeParams& params, const Decode
       for (int i = 0; i < kCount; ++i) x[i] += from[first + i * kStep];
     }
     if (part < 0) {
-      store_row<typename Traits::T>(params, tile, head_k, column, reference, sum, first, kStep, x);
+      store_row<typename Traits::T>(params, tile, piece.place.head_k, column, reference, sum, first,
+                                    kStep, x);
     } else {
       float* const to = part_of(params, part);
 #pragma unroll
@@ -222,19 +228,24 @@ __device__ inline void finish_tile(const FlashDecodeParams& params, const Decode
       }
     }
   }
-  __syncthreads();  // the ring is free again
+  __syncthreads();  // the ring and the piece are free
 }
 
-// Blocks `begin` on, `count` of them, of a tile's keys.
+// The keys of a piece's first tile.
 template <class Traits>
-__device__ inline void attend(const FlashDecodeParams& params, const DecodeTile& tile, int head_k,
-                              int begin, int count, ColumnSoftmax<Traits::kTiles>& softmax,
+__device__ inline void attend(const FlashDecodeParams& params,
+                              ColumnSoftmax<Traits::kTiles>& softmax,
                               float (&o)[Traits::kHeadDim / 16][Traits::kTiles][4],
                               typename Traits::Shared& shared) {
   using Product = typename Traits::Product;
   constexpr int kTiles = Traits::kTiles, kHeadDim = Traits::kHeadDim, kStages = Traits::kStages;
   const FlashDecodeProblem& p = params.problem;
-  const int lane = threadIdx.x % 32;
+  const DecodePiece& piece = shared.piece;
+  const int lane = threadIdx.x % 32, index = piece.place.index, head_k = piece.place.head_k;
+  const DecodeTile tile = decode_tile(params, index);
+  const DecodeBlocks blocks = decode_blocks(params, tile, Traits::kBlockKeys);
+  const int begin = blocks.begin + piece.place.block;
+  const int count = min(blocks.count - piece.place.block, piece.end - piece.at);
   int key = begin * Traits::kBlockKeys + threadIdx.x / 32 * Traits::kKeys;
   // No key is read that no query attends to.
   KeyLoader<Traits> loader(params, tile.batch, head_k, tile.first_key_of_all(params),
@@ -261,8 +272,12 @@ __device__ inline void attend(const FlashDecodeParams& params, const DecodeTile&
     float s[kTiles][4], rescale[kTiles][2], value_scale[2], more[2];
     reader.scores(stage, s);
     reader.value_scales(stage, value_scale, more);
-    if (!is_plain) transform_decode_scores(params, tile, head_k, key + lane / 4, s);
-    if (key < whole_begin || key > whole_end) mask_decode_scores(params, tile, key + lane / 4, s);
+    if (!is_plain || key < whole_begin || key > whole_end) {
+      // Worked out anew, sooner than take registers from the loop.
+      const DecodeTile its = decode_tile(params, not_hoisted(index));
+      if (!is_plain) transform_decode_scores(params, its, head_k, key + lane / 4, s);
+      mask_decode_scores(params, its, key + lane / 4, s);
+    }
     if (softmax.refer(s, more, rescale)) {
 #pragma unroll
       for (int m = 0; m < kHeadDim / 16; ++m) {
@@ -306,37 +321,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
   wait_for_predecessor();
   let_successor_start();
-  const DecodeLine line(params, Traits::kBlockKeys);
-  const int block = blockIdx.x, begin = line.begin(params, block), end = line.end(params, block);
-  if (begin >= end) return;
-  int at = begin;
-  const int heads_k = static_cast<int>(params.problem.num_heads_k);
-  DecodePlace place = line.place(params, at, Traits::kBlockKeys);
-  while (true) {
-    const DecodeTile tile = decode_tile(params, place.index);
-    const DecodeBlocks blocks = decode_blocks(params, tile, Traits::kBlockKeys);
-    const int count = min(blocks.count - place.block, end - at);
+  DecodePiece mine;
+  if (!mine.set(params, Traits::kBlockKeys)) return;
+  // All registers are taken while keys are attended to.
+  DecodePiece& piece = shared.piece;
+  if (threadIdx.x == 0) piece = mine;
+  __syncthreads();
+  do {
     ColumnSoftmax<Traits::kTiles> softmax;
     softmax.clear();
     float o[Traits::kHeadDim / 16][Traits::kTiles][4] = {};
-    attend<Traits>(params, tile, place.head_k, blocks.begin + place.block, count, softmax, o,
-                   shared);
-    // A block of threads has a part for the tile it begins with, and one for another.
-    const bool is_whole = count == blocks.count;
-    const int part = 2 * block + (place.start > begin);
-    finish_tile<Traits>(params, tile, place.head_k, is_whole ? -1 : part, softmax, o, shared);
-    if (place.block == 0 && threadIdx.x == 0) {
-      const int last_block =
-          is_whole ? block : line.block_of(params, place.start + blocks.count - 1);
-      params.parts_of_tile[place.index * heads_k + place.head_k] =
-          make_int2(part, last_block - block + 1);
-    }
-    at += count;
-    if (at >= end) return;
-    place.start += blocks.count;
-    place.block = 0;
-    if (++place.head_k == heads_k) place.head_k = 0, ++place.index;
-  }
+    attend<Traits>(params, softmax, o, shared);
+    finish_tile<Traits>(params, softmax, o, shared);
+    if (threadIdx.x == 0) piece.move(params, Traits::kBlockKeys);
+    __syncthreads();
+  } while (piece.at < piece.end);
 }
 
 template <class Traits>

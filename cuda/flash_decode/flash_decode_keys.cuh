@@ -48,6 +48,7 @@ struct FlashDecodeTraits {
     float q_scale[kColumns];  // int8 only, as the next
     Scales scales[kInt8 ? kWarps : 1][kInt8 ? kStages : 1];
     float2 references[kWarps][kColumns];
+    DecodePiece piece;
   };
   __device__ static float* sums_of_warp(Shared& shared, int warp) {
     return reinterpret_cast<float*>(&shared.ring[warp]);
@@ -247,6 +248,7 @@ class KeyLoader {
                                 uint8_t (&rows)[Traits::kKeys][Traits::kRowBytes]) const {
     const int head_dim = static_cast<int>(params_.problem.head_dim);
     from = moved(from - lane() % kChunks * kChunk, t, -(lane() / kChunks));
+#pragma unroll 1
     for (int i = lane(); i < Traits::kKeys * Traits::kHeadDim; i += 32) {
       const int row = i / Traits::kHeadDim, d = i % Traits::kHeadDim;
       const uint32_t to =
@@ -275,6 +277,7 @@ class KeyReader {
   // After the queries have been loaded.
   __device__ KeyReader(const FlashDecodeParams& params, const typename Traits::Shared& shared)
       : factor_(params.problem.softmax_scale * kLog2e),
+        q_scale_(shared.q_scale),
         scales_(shared.scales[Traits::kInt8 ? threadIdx.x / 32 : 0]) {
     constexpr int kBytes = Traits::kRowBytes;
     const int lane = threadIdx.x % 32;
@@ -285,15 +288,6 @@ class KeyReader {
     k_ = shared_address(ring.k) + of_rows;
     v_ = shared_address(ring.v) + (Traits::kInt8 ? of_rows : transposed);
     q_ = shared_address(shared.q) + swizzled<kBytes>(lane % 8 * kBytes + lane / 8 * 16);
-    if constexpr (Traits::kInt8) {
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          q_scale_[n][i] = shared.q_scale[8 * n + lane % 4 * 2 + i] * factor_;
-        }
-      }
-    }
     if constexpr (kHoldsQueries) {
 #pragma unroll
       for (int step = 0; step < kQuerySteps; ++step) queries(0, step, held_[step]);
@@ -392,6 +386,8 @@ class KeyReader {
   __device__ __forceinline__ void int8_scores(int stage, float (&s)[kTiles][4]) const {
     const uint32_t at = k_ + stage * kStageBytes;
     constexpr int kSteps = Traits::kRowBytes / 64;
+    const int row = threadIdx.x % 32 / 4;
+    const float k_scale[2] = {factor_ * scales_[stage].k[row], factor_ * scales_[stage].k[row + 8]};
     uint32_t sums[2][kTiles][4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -409,22 +405,21 @@ class KeyReader {
         }
       }
     }
-    const int row = threadIdx.x % 32 / 4;
-    const float k_scale[2] = {scales_[stage].k[row], scales_[stage].k[row + 8]};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
+      const float* const q_scale = q_scale_ + 8 * n + threadIdx.x % 4 * 2;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int sum = static_cast<int>(128 * sums[0][n][i] + sums[1][n][i]);
-        s[n][i] = static_cast<float>(sum) * (q_scale_[n][i % 2] * k_scale[i / 2]);
+        s[n][i] = static_cast<float>(sum) * (q_scale[i % 2] * k_scale[i / 2]);
       }
     }
   }
 
   float factor_;
+  const float* q_scale_;
   const typename Traits::Scales (&scales_)[Traits::kInt8 ? Traits::kStages : 1];
   uint32_t k_, v_, q_;
-  float q_scale_[Traits::kInt8 ? kTiles : 1][2];
   uint32_t held_[kHoldsQueries ? kQuerySteps : 1][4];
 };
 

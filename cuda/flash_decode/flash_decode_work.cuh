@@ -68,9 +68,11 @@ struct DecodePlace {
 
 // The line of all work, and the pieces of it. Lanes take tiles 32 at a time.
 struct DecodeLine {
-  int length = 0;
+  int length;
+  int sizes[kDecodeWaves];  // of a wave's pieces
 
-  __device__ DecodeLine(const FlashDecodeParams& params, int block_keys) {
+  __device__ void set(const FlashDecodeParams& params, int block_keys) {
+    length = 0;
     for (int first = 0; first < tiles(params); first += 32) {
       first_32_ = blocks_of_lane(params, first, block_keys);
       length += __reduce_add_sync(0xffffffffu, first_32_);
@@ -81,11 +83,11 @@ struct DecodeLine {
 #pragma unroll
     for (int wave = 0; wave < kDecodeWaves; ++wave) {
       const bool is_last = wave + 1 == params.waves || wave + 1 == kDecodeWaves;
-      sizes_[wave] = wave >= params.waves ? 0
-                     : is_last   ? params.at_a_time.div(max(left, 0) + params.at_a_time.divisor - 1)
-                     : wave == 0 ? each * 3 / 4
-                                 : each >> (2 + wave);
-      left -= sizes_[wave] * params.at_a_time.divisor;
+      sizes[wave] = wave >= params.waves ? 0
+                    : is_last   ? params.at_a_time.div(max(left, 0) + params.at_a_time.divisor - 1)
+                    : wave == 0 ? each * 3 / 4
+                                : each >> (2 + wave);
+      left -= sizes[wave] * params.at_a_time.divisor;
     }
   }
 
@@ -96,7 +98,7 @@ struct DecodeLine {
     for (int wave = 0; wave < kDecodeWaves; ++wave) {
       const int its =
           min(max(block - wave * params.at_a_time.divisor, 0), params.at_a_time.divisor);
-      at += its * sizes_[wave];
+      at += its * sizes[wave];
     }
     return min(at, length);
   }
@@ -108,8 +110,8 @@ struct DecodeLine {
     int block = 0;
 #pragma unroll
     for (int wave = 0; wave < kDecodeWaves; ++wave) {
-      const int all = sizes_[wave] * params.at_a_time.divisor;
-      if (at < all) return block + at / sizes_[wave];
+      const int all = sizes[wave] * params.at_a_time.divisor;
+      if (at < all) return block + at / sizes[wave];
       at -= all;
       block += params.at_a_time.divisor;
     }
@@ -157,8 +159,47 @@ struct DecodeLine {
     return decode_blocks(params, decode_tile(params, index), block_keys).count;
   }
 
-  int first_32_ = 0;
-  int sizes_[kDecodeWaves];
+  int first_32_;
+};
+
+// What a block of threads has still to do.
+struct DecodePiece {
+  DecodeLine line;
+  DecodePlace place;
+  int begin, at, end;
+
+  // False where there is nothing.
+  __device__ bool set(const FlashDecodeParams& params, int block_keys) {
+    line.set(params, block_keys);
+    const int block = blockIdx.x;
+    begin = at = line.begin(params, block), end = line.end(params, block);
+    if (begin < end) place = line.place(params, at, block_keys);
+    return begin < end;
+  }
+
+  // To the next tile.
+  __device__ void move(const FlashDecodeParams& params, int block_keys) {
+    const DecodeTile tile = decode_tile(params, place.index);
+    at = place.start += decode_blocks(params, tile, block_keys).count;
+    place.block = 0;
+    if (++place.head_k == params.problem.num_heads_k) place.head_k = 0, ++place.index;
+  }
+
+  // Where the sums of the tile at hand go that has so many blocks: -1 where all are this block's,
+  // or its part. It has one for the tile that it begins with, and one for another.
+  __device__ int part(int of_tile) const {
+    if (place.start >= begin && place.start + of_tile <= end) return -1;
+    return 2 * static_cast<int>(blockIdx.x) + (place.start > begin);
+  }
+  // That and the number of parts, where the tile begins here.
+  __device__ void store_parts(const FlashDecodeParams& params, int of_tile) const {
+    if (place.block != 0) return;
+    const int its_part = part(of_tile), block = blockIdx.x;
+    const int last = its_part < 0 ? block : line.block_of(params, place.start + of_tile - 1);
+    const int heads_k = static_cast<int>(params.problem.num_heads_k);
+    params.parts_of_tile[place.index * heads_k + place.head_k] =
+        make_int2(its_part, last - block + 1);
+  }
 };
 
 // A part's sums; its references and sums of exponentials follow.
