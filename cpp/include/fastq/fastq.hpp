@@ -269,7 +269,7 @@ inline fastq_kv_append_args kv_append_args(const fastq_tensor& k, const fastq_te
   return args;
 }
 
-inline void kv_append(const fastq_kv_append_args& args) { check(fastq_kv_append(&args)); }
+inline void kv_append(fastq_kv_append_args args) { check(fastq_kv_append(&args)); }
 
 inline int get_num_threads() {
   int32_t num_threads = 0;
