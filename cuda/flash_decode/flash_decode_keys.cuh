@@ -1,9 +1,10 @@
 // Keys and values of a cache, from memory to the operands of a warp's products.
 //
-// An int8 cache's keys are operands as they are: queries have become two int8 numbers each,
-//   q = scale * (128 high + low),  |128 high + low| <= 16319
-// so scores are exact sums of them, and as near as those of 16-bit queries. Values become float16,
-// exactly, whatever the queries are; exponentials, relative to a reference, are in its range.
+// An int8 cache's keys are operands as they are: queries have become three int8 numbers each,
+// digits
+//   q = scale * (2^14 a + 2^7 b + c),  at most kLargestQuery = 127 * 2^14 + 2^13 - 1
+// of a row, and scores are exact sums of them. Values become float16, exactly, whatever the queries
+// are; exponentials, relative to a reference, are in its range.
 #pragma once
 
 #include <type_traits>
@@ -41,7 +42,7 @@ struct FlashDecodeTraits {
   struct Scales {
     float k[kKeys], v[kKeys];
   };
-  static constexpr int kQueryDigits = kInt8 ? 2 : 1;
+  static constexpr int kQueryDigits = kInt8 ? 3 : 1;
   struct Shared {
     Ring ring[kWarps];
     uint8_t q[kQueryDigits][kColumns][kRowBytes];
@@ -54,6 +55,8 @@ struct FlashDecodeTraits {
     return reinterpret_cast<float*>(&shared.ring[warp]);
   }
 };
+
+constexpr int kLargestQuery = 127 * (1 << 14) + (1 << 13) - 1;
 
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -116,15 +119,16 @@ __device__ inline void load_queries(const FlashDecodeParams& params, const Decod
       for (const T& y : x) absmax = max(absmax, abs_bits(to_float(y)));
       absmax = __reduce_max_sync(0xffffffffu, absmax);
       const bool is_finite = absmax < 0x7f800000u;
-      const float scale = fmaxf(__uint_as_float(absmax) / 16319, FLT_MIN);
+      const float scale = fmaxf(__uint_as_float(absmax) / kLargestQuery, FLT_MIN);
       if (lane == 0) shared.q_scale[column] = is_finite ? scale : NAN;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const int y = is_finite ? __float2int_rn(__fdiv_rn(to_float(x[i]), scale)) : 0;
-        const int high = (y + 64) >> 7;
+        const int a = (y + (1 << 13)) >> 14, rest = y - (a << 14), b = (rest + (1 << 6)) >> 7;
         const uint32_t at = swizzled<kBytes>(column * kBytes + lane + 32 * i);
-        shared.q[0][0][at] = static_cast<uint8_t>(high);
-        shared.q[1][0][at] = static_cast<uint8_t>(y - 128 * high);
+        shared.q[0][0][at] = static_cast<uint8_t>(a);
+        shared.q[1][0][at] = static_cast<uint8_t>(b);
+        shared.q[2][0][at] = static_cast<uint8_t>(rest - (b << 7));
       }
     }
   }
@@ -340,7 +344,7 @@ class KeyReader {
   static constexpr int kQuerySteps = Traits::kQueryDigits * Traits::kRowBytes / 64;
   static constexpr bool kHoldsQueries = kTiles == 1;
 
-  // 64 bytes of columns 8 n on; the second digits come after the first.
+  // 64 bytes of columns 8 n on; other digits come after the first.
   __device__ __forceinline__ void queries(int n, int step, uint32_t (&q)[4]) const {
     constexpr int kSteps = Traits::kRowBytes / 64;
     load_matrices((q_ ^ (step % kSteps << 6)) +
@@ -388,7 +392,7 @@ class KeyReader {
     constexpr int kSteps = Traits::kRowBytes / 64;
     const int row = threadIdx.x % 32 / 4;
     const float k_scale[2] = {factor_ * scales_[stage].k[row], factor_ * scales_[stage].k[row + 8]};
-    uint32_t sums[2][kTiles][4] = {};
+    uint32_t sums[3][kTiles][4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t k[2][4];
@@ -397,7 +401,7 @@ class KeyReader {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-        for (int digit = 0; digit < 2; ++digit) {
+        for (int digit = 0; digit < 3; ++digit) {
           uint32_t q[4];
           some_queries(n, digit * kSteps + step, q);
           mma_int8(k[0], q[0], q[1], sums[digit][n]);
@@ -410,8 +414,9 @@ class KeyReader {
       const float* const q_scale = q_scale_ + 8 * n + threadIdx.x % 4 * 2;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int sum = static_cast<int>(128 * sums[0][n][i] + sums[1][n][i]);
-        s[n][i] = static_cast<float>(sum) * (q_scale[i % 2] * k_scale[i / 2]);
+        const int lower = static_cast<int>((sums[1][n][i] << 7) + sums[2][n][i]);
+        const float sum = fmaf(static_cast<int>(sums[0][n][i]), 1 << 14, lower);
+        s[n][i] = sum * (q_scale[i % 2] * k_scale[i / 2]);
       }
     }
   }
