@@ -295,7 +295,10 @@ __device__ inline void attend(const FlashDecodeParams& params,
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float* const x = s[n] + 2 * half;
-        if (Traits::kInt8) x[0] *= value_scale[half], x[1] *= value_scale[half];
+        if (Traits::kInt8) {  // a scale may be NaN where a query does not attend to the key
+#pragma unroll
+          for (int i = 0; i < 2; ++i) x[i] = x[i] == 0 ? 0 : x[i] * value_scale[half];
+        }
         exponentials[n][half] = transpose_matrix(pack(x[0], x[1], Product{}));
       }
     }
