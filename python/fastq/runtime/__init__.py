@@ -10,7 +10,8 @@ print(tokenizer.decode(ids[0].tolist()))
 from .checkpoint import load_model
 from .config import LlamaConfig
 from .generation import generate, generate_tokens, sample
-from .model import KVCache, LlamaForCausalLM
+from .kv_cache import KVCache
+from .model import LlamaForCausalLM
 from .tokenizer import Tokenizer
 
 __all__ = [

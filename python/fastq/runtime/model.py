@@ -15,49 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LlamaConfig
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, preallocated for `max_length` positions.
-
-    `keys` and `values` are (layers, batch, kv_heads, max_length, head_dim); the first `length`
-    positions hold data. The model writes new positions and advances `length`.
-    """
-
-    def __init__(
-        self,
-        config: LlamaConfig,
-        batch_size: int,
-        max_length: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        shape = (
-            config.num_hidden_layers,
-            batch_size,
-            config.num_key_value_heads,
-            max_length,
-            config.head_dim,
-        )
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    @property
-    def batch_size(self) -> int:
-        return self.keys.shape[1]
-
-    @property
-    def max_length(self) -> int:
-        return self.keys.shape[3]
-
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (batch, kv_heads, seqlen, head_dim) after `length`; returns all up to there."""
-        end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+from .kv_cache import KVCache
+from .rotary import apply_rotary, rotary_table
 
 
 class RMSNorm(nn.Module):
@@ -77,24 +36,6 @@ class RMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
-def rotary_table(config: LlamaConfig, start: int, length: int, like: Tensor) -> tuple[Tensor, ...]:
-    """cos and sin, (length, head_dim) in `like`'s dtype, of positions start .. start+length-1."""
-    # Computed anew, in float32: a buffer would be rounded by model.to(torch.bfloat16).
-    dim = config.head_dim
-    exponent = torch.arange(0, dim, 2, device=like.device, dtype=torch.float32) / dim
-    inverse_frequency = 1.0 / (config.rope_theta**exponent)
-    position = torch.arange(start, start + length, device=like.device, dtype=torch.float32)
-    angle = torch.outer(position, inverse_frequency)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (..., seqlen, head_dim); element i pairs with i + head_dim / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped key and value heads."""
 
@@ -112,25 +53,23 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=bias)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, ...], mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None
     ) -> Tensor:
-        query = apply_rotary(self._split_heads(self.q_proj(x)), *rotary)
-        key = apply_rotary(self._split_heads(self.k_proj(x)), *rotary)
-        value = self._split_heads(self.v_proj(x))
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_dim))  # (batch, seqlen, heads, head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if cache is not None:
-            key, value = cache.update(self.layer, key, value)
+            return self.o_proj(cache.attend(self.layer, query, key, value).flatten(2))
+        # torch's, which has gradients.
         out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None and query.shape[2] > 1,
+            apply_rotary(query, *rotary).transpose(1, 2),
+            apply_rotary(key, *rotary).transpose(1, 2),
+            value.transpose(1, 2),
+            is_causal=True,
             enable_gqa=self.grouped,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2))
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -156,9 +95,9 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, ...], mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -175,18 +114,17 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        start = 0 if cache is None else cache.length
         length = input_ids.shape[1]
         x = self.embed_tokens(input_ids)
-        rotary = rotary_table(self.config, start, length, x)
-        mask = None
-        if start and length > 1:  # SDPA's own causal mask would start at the first key
-            rows = torch.arange(start, start + length, device=x.device)
-            mask = torch.arange(start + length, device=x.device) <= rows[:, None]
+        rotary = None
+        if cache is None:
+            rotary = rotary_table(self.config, length, x.device)
+        else:
+            cache.begin(length)
         for layer in self.layers:
-            x = layer(x, rotary, mask, cache)
+            x = layer(x, rotary, cache)
         if cache is not None:
-            cache.length = start + length
+            cache.commit(length)
         return self.norm(x)
 
 
