@@ -98,9 +98,11 @@ Plan make_plan(const FlashDecodeProblem& p, const FlashDecodeKernel& kernel) {
   const int blocks = device_props(p.device_index).sm_count * kernel.blocks_per_sm(p.device_index);
   params.at_a_time = cutlass::FastDivmod(blocks);
   // Measured: what a multiprocessor gains by another piece of work is less than its start costs
-  // where there are fewer keys.
-  constexpr int64_t kLongLine = 12000;
-  params.waves = tiles * p.cache.capacity >= kLongLine * blocks ? kDecodeWaves : 1;
+  // where there is less to read.
+  constexpr int64_t kLongLine = 6 << 20;  // bytes
+  const int64_t bytes =
+      2 * tiles * p.cache.capacity * p.head_dim * static_cast<int64_t>(element_size(p.cache.dtype));
+  params.waves = bytes >= kLongLine * blocks ? kDecodeWaves : 1;
   plan.part_bytes = 2 * params.waves * blocks * int64_t{kernel.columns} * (kernel.head_dim + 2) * 4;
   plan.workspace_bytes = plan.part_bytes + tiles * static_cast<int64_t>(sizeof(int2));
   return plan;

@@ -13,13 +13,13 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kVectors = kMaxHeadDim / 128;  // of a lane
-constexpr int kAtATime = 4;                  // parts
 
 __device__ inline float weight(float reference, float largest) {
   return reference == largest ? 1.0f : fast_exp2(reference - largest);  // both may be -inf
 }
 
-// Parts of a row that a warp has added. A lane has every 32nd vector of outputs.
+// Parts of a row that a warp has added, some at a time. A lane has every 32nd vector of outputs.
+template <int kAtATime>
 struct PartialSum {
   float reference = -INFINITY, sum = 0;
   float4 x[kVectors] = {};
@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(kThreads)
   const DecodeTile tile = decode_tile(params, index);
   if (parts.y < 2) return;
 
-  PartialSum mine;
+  // Few at a time leave registers for more rows, which all fit beside the kernel before.
+  PartialSum<kWarpsOfRow == 1 ? 2 : 4> mine;
   mine.add(params, parts, column, warp % kWarpsOfRow, kWarpsOfRow);
   if constexpr (kWarpsOfRow == 1) {
 #pragma unroll
