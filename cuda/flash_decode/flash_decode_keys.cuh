@@ -56,6 +56,7 @@ struct FlashDecodeTraits {
   }
 };
 
+constexpr float kLeastScale = 1.0f / (1ll << 60);  // 2^-60
 constexpr int kLargestQuery = 127 * (1 << 14) + (1 << 13) - 1;
 
 __device__ inline uint32_t shared_address(const void* p) {
@@ -334,7 +335,8 @@ class KeyReader {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       scale[half] = Traits::kInt8 ? scales_[stage].v[row + 8 * half] : 1.0f;
-      log2_scale[half] = Traits::kInt8 ? __log2f(scale[half]) : 0.0f;
+      // A scale may be 0, whose key still counts in the sum of exponentials.
+      log2_scale[half] = Traits::kInt8 ? __log2f(fmaxf(scale[half], kLeastScale)) : 0.0f;
     }
   }
 

@@ -178,6 +178,23 @@ def test_a_scale_of_nan_shows_where_it_is_attended_to(name, seqlen_q, kind):
 
 
 @kinds(torch.float32)
+@pytest.mark.parametrize("seqlen_q", [3, 60])
+def test_scales_of_zero(seqlen_q, kind):
+    """As of tokens that are all zeros, in a cache that another wrote."""
+    cache = make_cache((100, 90), 1, 16, kind, is_int8=True)
+    q = 30 * random(2, seqlen_q, 2, 16, kind=kind)
+    for name, rows in (
+        ("k_scale", slice(40, 60)),
+        ("v_scale", slice(30, 90)),
+        ("v_scale", slice(100)),
+    ):
+        cache[name][:, rows] = 0
+        cache[name][1, 90:] = torch.nan
+        check(q, **cache)
+    assert (fastq.flash_decode(q, **cache) == 0).all()
+
+
+@kinds(torch.float32)
 @pytest.mark.parametrize("seqlen_q", [1, 40])
 def test_nan_and_inf_show(seqlen_q, kind):
     q = random(1, seqlen_q, 1, 16, kind=kind)
