@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, and attention to them."""
+"""Keys and values of the tokens seen so far, and attention to them by fastq's kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A LLaMA-style decoder in plain torch.
+"""A LLaMA-style decoder in plain torch, but for the attention to a cache (kv_cache.py).
 
 Modules and parameters carry the names of Hugging Face checkpoints, so that a state dict loads as
 it is, and every linear layer is an `nn.Linear`, so that `fastq.quantize` can replace it. The
