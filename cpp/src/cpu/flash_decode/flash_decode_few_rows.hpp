@@ -134,7 +134,7 @@ inline void softmax_few(const FlashDecodeProblem& p, FewRow& row, int64_t first_
       const IntVec distance = position - at;
       t -= row.slope * __builtin_convertvector(distance < 0 ? -distance : distance, Vec);
     }
-    scores[j] = (at >= begin) & (at < end) ? t : nothing;
+    scores[j] = ((at >= begin) & (at < end)) ? t : nothing;
     top = scores[j] > top ? scores[j] : top;
   }
   float max = row.max;
