@@ -1,7 +1,6 @@
 #include "ops/flash_decode.hpp"
 
 #include <optional>
-#include <string>
 
 #include "core/backend.hpp"
 #include "core/error.hpp"
@@ -56,21 +55,13 @@ std::optional<FlashDecodeProblem> checked(const fastq_flash_decode_args& args) {
   return p;
 }
 
-const Backend& backend_of(const TensorView& q) {
-  const Backend& backend = backend_for(device_of(q), kOp);
-  if (backend.flash_decode == nullptr) {
-    not_implemented(std::string(kOp) + ": fastq has no kernel for " + device_name(q));
-  }
-  return backend;
-}
-
 }  // namespace
 
 size_t flash_decode_workspace_size(const fastq_flash_decode_args& caller) {
   fastq_flash_decode_args space;
   const auto& args = known_struct(kOp, caller, kLeastArgs, space);
   const std::optional<FlashDecodeProblem> p = checked(args);
-  return p ? backend_of(args.q).flash_decode_workspace_size(*p) : 0;
+  return p ? backend_for(device_of(args.q), kOp).flash_decode_workspace_size(*p) : 0;
 }
 
 void flash_decode(const fastq_flash_decode_args& caller) {
@@ -79,7 +70,7 @@ void flash_decode(const fastq_flash_decode_args& caller) {
   const std::optional<FlashDecodeProblem> p = checked(args);
   if (!p) return;
   Workspace workspace(args.workspace, args.workspace_size, args.allocate, args.allocate_context);
-  backend_of(args.q).flash_decode(*p, workspace);
+  backend_for(device_of(args.q), kOp).flash_decode(*p, workspace);
 }
 
 }  // namespace fastq

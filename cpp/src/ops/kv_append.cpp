@@ -148,11 +148,7 @@ void kv_append(const fastq_kv_append_args& caller) {
   const auto& args = known_struct(kOp, caller, kLeastArgs, space);
   const std::optional<KvAppendProblem> p = checked(args);
   if (!p) return;
-  const Backend& backend = backend_for(device_of(args.k), kOp);
-  if (backend.kv_append == nullptr) {
-    not_implemented(std::string(kOp) + ": fastq has no kernel for " + device_name(args.k));
-  }
-  backend.kv_append(*p);
+  backend_for(device_of(args.k), kOp).kv_append(*p);
 }
 
 }  // namespace fastq
