@@ -36,6 +36,7 @@ struct OutputWgmma;
   struct OutputWgmma<__nv_bfloat16, n>                                                  \
       : cute::SM90::GMMA::MMA_64x##n##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K,    \
                                                          cute::SM90::GMMA::Major::MN> {};
+FASTQ_SCORES_WGMMA(64)
 FASTQ_SCORES_WGMMA(80)
 FASTQ_SCORES_WGMMA(112)
 FASTQ_SCORES_WGMMA(128)

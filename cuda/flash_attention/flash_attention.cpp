@@ -28,7 +28,7 @@ const char* sm90_problem(const FlashAttentionProblem& p) {
     if (p.head_dim % 8 != 0 || !is_aligned(*t, 8)) {
       return "rows do not begin at multiples of 16 bytes";
     }
-    if (std::max({t->stride_batch, t->stride_seqlen, t->stride_head}) >= int64_t{1} << 39) {
+    if (!tma_can_address(*t)) {
       return "a stride is 2^40 bytes or more";
     }
   }
@@ -51,15 +51,16 @@ const AttentionKernel& choose(const FlashAttentionProblem& p) {
       not_implemented(std::string("flash_attention: FASTQ_KERNELS=sm90, but ") + problem);
     }
   }
-  // Large tiles are faster, but a mask makes them compute scores that they drop, and there may be
-  // too few of them. On an H200 the two of head_dim 64 meet between 1024 and 2048 keys.
+  // Large tiles are faster where sequences are long, but a mask makes them compute scores that they
+  // drop, and there may be too few of them. Measured on an H200: where the two of a head_dim meet.
   const bool is_masked = p.window_left >= 0 || p.window_right >= 0;
+  const int64_t few_keys = is_masked ? 6144 : 1536;
   const auto prefers = [&](const AttentionKernel& x, const AttentionKernel& y) {
     if (x.head_dim != y.head_dim) return x.head_dim < y.head_dim;
     const int largest = std::max(x.tile_m, y.tile_m);
     const bool fills = p.batch * p.num_heads * ceil_div(p.seqlen_q, largest) >=
                        device_props(p.device_index).sm_count;
-    return fills && !(is_masked && p.seqlen_k <= 1536) ? x.tile_m > y.tile_m : x.tile_m < y.tile_m;
+    return fills && p.seqlen_k > few_keys ? x.tile_m > y.tile_m : x.tile_m < y.tile_m;
   };
   const AttentionKernel* best = nullptr;
   for (const AttentionKernel& kernel : kernels()) {

@@ -2,6 +2,7 @@
 // flash_attention.cpp looks its choice up.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -30,6 +31,11 @@ inline bool is_aligned(const AttentionTensor& t, int elements) {
   return reinterpret_cast<uintptr_t>(t.data) % (2 * elements) == 0 &&
          t.stride_batch % elements == 0 && t.stride_seqlen % elements == 0 &&
          t.stride_head % elements == 0;
+}
+
+// Whether TMA can reach all of a tensor whose rows so begin.
+inline bool tma_can_address(const AttentionTensor& t) {
+  return std::max({t.stride_batch, t.stride_seqlen, t.stride_head}) < int64_t{1} << 39;
 }
 
 // The grid for so many blocks; an error where it cannot hold them.

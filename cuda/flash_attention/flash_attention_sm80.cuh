@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   QueryTile tile;
   if (!set_tile<kTileM>(params, blockIdx.x, tile)) return;
   const int first_query = tile.first;
-  const QueryTile::KeyBlocks blocks = tile.key_blocks(kTileM, kTileN);
+  const QueryTile::KeyBlocks blocks = tile.key_blocks(0, kTileM, kTileN);
   const int begin = blocks.begin, end = blocks.end;
 
   const int head_dim = static_cast<int>(p.head_dim);

@@ -2,10 +2,12 @@
 //
 //   block      one producer thread hands out tiles and brings their queries, another brings k and v
 //              in rings of two stages, v one turn late. Two or three consumer warpgroups have 64
-//              queries each; scores, exponentials and outputs stay in registers.
+//              queries each; scores, exponentials and outputs stay in registers. Where these are
+//              few, a block has two such teams, each with tiles of its own.
 //   overlap    a warpgroup issues QK^T of a block of keys together with PV of the one before, also
 //              from one tile to the next. Warpgroups take turns in issuing (ping-pong): one has the
-//              tensor cores while another has the exponentials.
+//              tensor cores while another has the exponentials. Four of them need no turns, and
+//              leave out blocks that none of their own queries attends to.
 //   grid       persistent. Tiles that cost most come first; where they differ, a counter hands them
 //              out. Few heads at a time, whose k and v fit in L2.
 //   maximum    the largest score is looked for in a tile's first block, in those with a mask and in
@@ -26,12 +28,55 @@
 #include "flash_attention/attention_wgmma.cuh"
 #include "flash_attention/flash_attention_kernels.hpp"
 #include "flash_attention/flash_attention_sm90_producers.cuh"
+#include "runtime/mma_sync.cuh"
 #include "runtime/tma.hpp"
 
 namespace fastq::cuda {
 
 // What is the same in every lane, as the compiler cannot tell.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// Outputs of this warp's 16 rows, from `first` on, by way of shared memory, from where TMA takes
+// them: what lies past the tensor is left out.
+template <class Traits>
+__device__ __forceinline__ void store_outputs_by_tma(const Sm90AttentionParams& params,
+                                                     const QueryTile& tile, int first,
+                                                     const float (&o)[Traits::kHeadDim / 8][4],
+                                                     const float (&scale)[2],
+                                                     typename Traits::OutputPanel* panels) {
+  using T = typename Traits::T;
+  const int lane = threadIdx.x % 32;
+  // The last outputs are in memory: these may be the same tile's, done again.
+  if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  __syncwarp();
+  // Lanes 8 i to 8 i + 7 have the rows of matrix i: 8 upper rows, 8 lower, then the next 8 columns.
+  const uint32_t row = static_cast<uint32_t>(__cvta_generic_to_shared(panels)) + lane % 16 * 128;
+  const uint32_t to = row + ((lane / 16 ^ lane % 8) << 4);
+#pragma unroll
+  for (int j = 0; j < Traits::kHeadDim / 8; j += 2) {
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* const y = o[j + i / 2] + i % 2 * 2;
+      x[i] = pack(y[0] * scale[i % 2], y[1] * scale[i % 2], T{});
+    }
+    store_matrices((to ^ (j % 8 << 4)) + j / 8 * sizeof(*panels), x);
+  }
+  cute::tma_store_fence();
+  __syncwarp();
+  if (lane != 0 || first >= tile.seqlen_q) return;
+#pragma unroll
+  for (int i = 0; i < Traits::kPanels; ++i) {
+    cute::SM90_TMA_STORE_4D::copy(&params.out, panels[i], 64 * i, first, tile.head, tile.batch);
+  }
+  cute::tma_store_arrive();
+}
+
+// One store, which the compiler would take apart where registers do not lie as it needs them.
+__device__ inline void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
 
 // Outputs of this lane's two rows. Four lanes have a row: of each 32 columns they exchange eight
 // times two for eight in a row, which is a store of 16 bytes. (Stores of 4 bytes take longer than
@@ -87,8 +132,7 @@ __device__ __forceinline__ void store_outputs(const Sm90AttentionParams& params,
         const int d = 8 * (j + lane);
         const uint32_t (&y)[kWords] = x[half];
         if (8 * half < rows && d < head_dim) {
-          *reinterpret_cast<uint4*>(out + half * next + d) =
-              make_uint4(y[j], y[j + 1], y[j + 2], y[j + 3]);
+          store_16(out + half * next + d, y[j], y[j + 1], y[j + 2], y[j + 3]);
         }
       }
     }
@@ -109,17 +153,20 @@ __device__ __forceinline__ void store_outputs(const Sm90AttentionParams& params,
   }
 }
 
+__device__ inline void sync_warpgroup() {
+  cutlass::arch::NamedBarrier::sync(128, 3 + threadIdx.x / 128);
+}
+
 // Rows of v that are another sequence's become zeros; every warpgroup does it for itself.
 template <class Traits>
-__device__ inline void zero_rows(typename Traits::KeyPanel (&panels)[Traits::kPanels], int first,
-                                 int warpgroup) {
+__device__ inline void zero_rows(typename Traits::KeyPanel (&panels)[Traits::kPanels], int first) {
   for (int i = threadIdx.x % 128; i < (Traits::kTileN - first) * 8; i += 128) {
     for (auto& panel : panels) {
       reinterpret_cast<uint4*>(panel[first])[i] = make_uint4(0, 0, 0, 0);
     }
   }
   cutlass::arch::fence_view_async_shared();
-  cutlass::arch::NamedBarrier::sync(128, 4 + warpgroup);
+  sync_warpgroup();
 }
 
 template <class Traits>
@@ -129,7 +176,7 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
   using cutlass::arch::NamedBarrier;
   constexpr int kTileN = Traits::kTileN, kHeadDim = Traits::kHeadDim, kStages = Traits::kStages;
   const FlashAttentionProblem& p = params.problem;
-  const int warpgroup = uniform(threadIdx.x / 128 - 1);
+  const int warpgroup = uniform((threadIdx.x / 128 - 1) % Traits::kWarpgroups);
   const bool signals = threadIdx.x % 128 == 0;
   const int row = 64 * warpgroup + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;  // its first
   const uint32_t q_rows = wgmma_address(shared.q[0][warpgroup]);
@@ -156,8 +203,11 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
     if (signals) ring.empty[number % kStages].arrive();
   };
   // Its turn to issue products, and the next warpgroup's.
-  const auto take_turn = [&] { NamedBarrier::sync(256, warpgroup); };
+  const auto take_turn = [&] {
+    if (Traits::kTakesTurns) NamedBarrier::sync(256, warpgroup);
+  };
   const auto pass_turn = [&] {
+    if (!Traits::kTakesTurns) return;
     NamedBarrier::arrive(256, warpgroup + 1 == Traits::kWarpgroups ? 0 : warpgroup + 1);
   };
   const auto wait_products = [&](unsigned number) __attribute__((always_inline)) {
@@ -221,7 +271,16 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
     float scale[2];
     softmax.finish(tile, query, scale);
     softmax.store_lse(p, tile, query);
-    store_outputs<Traits>(params, tile, query, o, scale);
+    if constexpr (Traits::kHasOutputPanels) {
+      if (params.stores_by_tma) {
+        auto* const panels = shared.outputs[warpgroup][threadIdx.x / 32 % 4];
+        store_outputs_by_tma<Traits>(params, tile, query - threadIdx.x % 32 / 4, o, scale, panels);
+      } else {
+        store_outputs<Traits>(params, tile, query, o, scale);
+      }
+    } else {
+      store_outputs<Traits>(params, tile, query, o, scale);
+    }
     if (!fits) shared.tiles[number % kStages].overflowed = true;
     __syncwarp();
     if (threadIdx.x % 32 == 0) shared.tile_ring.empty[number % kStages].arrive();
@@ -232,9 +291,10 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
   for (int number = 0;; ++number) {
     const Sm90AttentionTile& tile = shared.tiles[number % kStages];
     shared.tile_ring.full[number % kStages].wait(number / kStages % 2);
+    const QueryTile::KeyBlocks& its = tile.of_warpgroup[warpgroup];
     const int begin = uniform(tile.keys.begin), end = uniform(tile.keys.end);
-    const int whole_begin = uniform(tile.keys.whole_begin);
-    const int whole_end = uniform(tile.keys.whole_end);
+    const int its_end = Traits::kTakesTurns ? end : uniform(its.end);
+    const int whole_begin = uniform(its.whole_begin), whole_end = uniform(its.whole_end);
     const bool is_last = uniform(tile.is_last) != 0, is_careful = uniform(tile.is_careful) != 0;
     if (is_last || begin >= end) {
       take_exponentials();
@@ -251,7 +311,7 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
     }
 
     // Scores of a block, and PV of the one before.
-    const auto issue = [&]() __attribute__((always_inline)) {
+    const auto issue = [&](unsigned before) __attribute__((always_inline)) {
       // Measured: three warpgroups had better look for k in their turn, two before it.
       if (Traits::kWarpgroups == 3) take_turn();
       const uint32_t q = q_rows + uniform(queries % Traits::kQueryStages) * kQueryStage;
@@ -262,8 +322,8 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
       cute::warpgroup_arrive();
       scores_wgmma<T, kHeadDim>(q, k, s);
       cute::warpgroup_commit_batch();
-      wait_values(used - 1);
-      const uint32_t v = values(used - 1);
+      wait_values(before);
+      const uint32_t v = values(before);
       issue_outputs(v);
       pass_turn();
       ++used;
@@ -287,10 +347,20 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
     // The first block, and the last of the tile before; of anything where there is none.
     shared.full_q[queries % Traits::kQueryStages][warpgroup].wait(queries / Traits::kQueryStages %
                                                                   2);
-    int block = end - 1;
+    int block = its_end - 1;
     take_exponentials();
-    issue_more_outputs(issue());
-    wait_products(used - 2);
+    const unsigned before = used - 1;
+    if (!Traits::kTakesTurns && its_end < end) {
+      // A block that none of the warpgroup's queries attends to: there is no more than one.
+      shared.k_ring.full[used % kStages].wait(used / kStages % 2);
+      shared.v_ring.full[used % kStages].wait(used / kStages % 2);
+      sync_warpgroup();  // lest a slow warp miss what it waits for
+      release(shared.k_ring, used);
+      release(shared.v_ring, used);
+      ++used;
+    }
+    issue_more_outputs(issue(before));
+    wait_products(before);
     take_scores(block);
     if (has_scores) finish(number - 1);
     begin_outputs();
@@ -301,12 +371,12 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
     const int tail = tile.queries.seqlen_k - block * kTileN;
     if (p.cu_seqlens_k != nullptr && tail < kTileN) {
       shared.v_ring.full[(used - 1) % kStages].wait((used - 1) / kStages % 2);
-      zero_rows<Traits>(shared.v[(used - 1) % kStages], tail, warpgroup);
+      zero_rows<Traits>(shared.v[(used - 1) % kStages], tail);
     }
 #pragma unroll 1
     for (--block; block >= begin; --block) {
       take_exponentials();
-      const uint32_t v = issue();
+      const uint32_t v = issue(used - 1);
       cute::warpgroup_wait<1>();
       take_scores(block);
       // Mostly no later block's scores are larger by far, but for those of the first keys.
@@ -323,6 +393,25 @@ __device__ inline void attention_consume(const Sm90AttentionParams& params,
       fits = fits && (looks || all_fit);
     }
   }
+  // Shared memory is not given up before it has been read.
+  if (Traits::kHasOutputPanels && threadIdx.x % 32 == 0) cute::tma_store_wait<0>();
+}
+
+template <class Traits>
+__device__ inline void set_barriers(typename Traits::Shared& shared) {
+  for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
+    for (auto& full : shared.full_q[stage]) full.init(1);
+    for (auto& empty : shared.empty_q[stage]) empty.init(1);
+  }
+  for (typename Traits::Ring* ring : {&shared.k_ring, &shared.v_ring, &shared.tile_ring}) {
+    for (auto& full : ring->full) full.init(1);
+  }
+  for (int stage = 0; stage < Traits::kStages; ++stage) {
+    shared.tiles[stage].overflowed = false;
+    shared.k_ring.empty[stage].init(Traits::kWarpgroups);
+    shared.v_ring.empty[stage].init(Traits::kWarpgroups);
+    shared.tile_ring.empty[stage].init(4 * Traits::kWarpgroups + 1);
+  }
 }
 
 template <class Traits>
@@ -330,34 +419,25 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     flash_attention_sm90(const __grid_constant__ Sm90AttentionParams params) {
   extern __shared__ uint8_t memory[];
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
-  auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory + (-address & 1023));
+  auto* const teams = reinterpret_cast<typename Traits::Shared*>(memory + (-address & 1023));
   if (threadIdx.x == 0) {
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&params.q));
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&params.k));
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&params.v));
-    for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
-      for (auto& full : shared.full_q[stage]) full.init(1);
-      for (auto& empty : shared.empty_q[stage]) empty.init(1);
-    }
-    for (typename Traits::Ring* ring : {&shared.k_ring, &shared.v_ring, &shared.tile_ring}) {
-      for (auto& full : ring->full) full.init(1);
-    }
-    for (int stage = 0; stage < Traits::kStages; ++stage) {
-      shared.tiles[stage].overflowed = false;
-      shared.k_ring.empty[stage].init(Traits::kWarpgroups);
-      shared.v_ring.empty[stage].init(Traits::kWarpgroups);
-      shared.tile_ring.empty[stage].init(4 * Traits::kWarpgroups + 1);
-    }
-    cutlass::arch::fence_barrier_init();
   }
+  if (threadIdx.x < Traits::kTeams) set_barriers<Traits>(teams[threadIdx.x]);
+  cutlass::arch::fence_barrier_init();
   __syncthreads();
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-    if (threadIdx.x == 0) produce_queries<Traits>(params, shared);
-    if (threadIdx.x == 32) produce_keys<Traits>(params, shared);
+    if (threadIdx.x >= 64 * Traits::kTeams) return;
+    const int team = Traits::kTeams == 1 ? 0 : threadIdx.x / 64;
+    if (threadIdx.x % 64 == 0) produce_queries<Traits>(params, team, teams[team]);
+    if (threadIdx.x % 64 == 32) produce_keys<Traits>(params, teams[team]);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    attention_consume<Traits>(params, shared);
+    const int team = Traits::kTeams == 1 ? 0 : (threadIdx.x / 128 - 1) / Traits::kWarpgroups;
+    attention_consume<Traits>(params, teams[uniform(team)]);
   }
 }
 
@@ -379,7 +459,7 @@ struct Sm90Attention {
                                t.stride_head, t.stride_seqlen},
                               box_rows);
     };
-    Sm90AttentionParams params;
+    Sm90AttentionParams params{};
     params.q = map(p.q, p.rows_q, p.num_heads, 64);
     params.k = map(p.k, p.rows_k, p.num_heads_k, Traits::kTileN);
     params.v = map(p.v, p.rows_k, p.num_heads_k, Traits::kTileN);
@@ -387,21 +467,28 @@ struct Sm90Attention {
     params.tiles_m = static_cast<int>(ceil_div(p.seqlen_q, Traits::kTileM));
     params.group = static_cast<int>(p.num_heads / p.num_heads_k);
     params.out_is_vectorizable = p.head_dim % 8 == 0 && is_aligned(p.out, 8);
+    // The rows after a packed sequence's are another's.
+    params.stores_by_tma = Traits::kHasOutputPanels && params.out_is_vectorizable && !is_packed &&
+                           tma_can_address(p.out);
+    if (params.stores_by_tma) params.out = map(p.out, p.rows_q, p.num_heads, 16);
     const int64_t heads = p.batch * p.num_heads;
     const unsigned tiles = attention_grid(heads * params.tiles_m);
     const int sm_count = device_props(p.device_index).sm_count;
     const unsigned blocks = std::min(tiles, static_cast<unsigned>(sm_count));
+    const unsigned teams = blocks * Traits::kTeams;
     const bool tiles_differ = p.window_left >= 0 || p.window_right >= 0 || is_packed;
     // As many heads as L2 holds k and v of, beside q and the output. Where tiles cost the same,
     // only as many as the blocks work on at a time: that spreads the reads from memory evenly.
     constexpr int64_t kL2Bytes = 32 << 20;
     const int64_t key_heads = std::max<int64_t>(kL2Bytes / (4 * p.seqlen_k * p.head_dim), 1);
     int64_t at_a_time = key_heads * params.group;
-    if (!tiles_differ) at_a_time = std::min(at_a_time, ceil_div(sm_count, params.tiles_m));
+    if (!tiles_differ) {
+      at_a_time = std::min(at_a_time, ceil_div(Traits::kTeams * sm_count, params.tiles_m));
+    }
     params.heads_at_a_time = static_cast<int>(std::clamp<int64_t>(at_a_time, 1, heads));
     params.tiles = static_cast<int>(tiles);
     params.taken = nullptr;
-    if (tiles > blocks && tiles_differ) {
+    if (tiles > teams && tiles_differ) {
       params.taken = static_cast<int*>(workspace);
       check(cudaMemsetAsync(params.taken, 0, sizeof(int), static_cast<cudaStream_t>(p.stream)),
             "clearing attention's counter");

@@ -3,6 +3,8 @@
 
 #include <cutlass/arch/barrier.h>
 
+#include <type_traits>
+
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
@@ -13,57 +15,76 @@ namespace fastq::cuda {
 // A tile of queries and the blocks of keys that it attends to.
 struct Sm90AttentionTile {
   QueryTile queries;
-  QueryTile::KeyBlocks keys;  // from right to left
-  bool is_last;               // and no tile
-  bool is_careful;            // looks for the largest score of every block
-  bool overflowed;            // must be done again, with care
+  QueryTile::KeyBlocks keys;             // from right to left
+  QueryTile::KeyBlocks of_warpgroup[3];  // of the 64 queries of each
+  bool is_last;                          // and no tile
+  bool is_careful;                       // looks for the largest score of every block
+  bool overflowed;                       // must be done again, with care
 };
 
-template <class T_, int kHeadDim_, int kTileN_, int kWarpgroups_>
+// A block's consumer warpgroups work on tiles in teams of kWarpgroups, each with producers of its
+// own.
+template <class T_, int kHeadDim_, int kTileN_, int kWarpgroups_, int kTeams_>
 struct Sm90AttentionTraits {
+  // A warpgroup leaves out one block at most.
+  static_assert(kTeams_ == 1 || (kWarpgroups_ == 2 && kTileN_ >= 64));
   using T = T_;
-  static constexpr int kHeadDim = kHeadDim_, kTileN = kTileN_, kWarpgroups = kWarpgroups_;
+  static constexpr int kHeadDim = kHeadDim_, kTileN = kTileN_;
+  static constexpr int kWarpgroups = kWarpgroups_, kTeams = kTeams_;
   static constexpr int kTileM = 64 * kWarpgroups;
   static constexpr int kPanels = (kHeadDim + 63) / 64;
-  static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
+  static constexpr int kConsumers = kTeams * kWarpgroups;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kStages = 2;
+  // Four warpgroups hide one another's waits without.
+  static constexpr bool kTakesTurns = kTeams == 1;
 
   using QueryPanel = uint16_t[64][64];  // of a warpgroup
   using KeyPanel = uint16_t[kTileN][64];
+  using OutputPanel = uint16_t[16][64];  // of a warp
   // A warp that issues products waits till the tensor cores have taken them. So the second half of
   // PV is issued only when the largest score has been looked for. With a head_dim of 256 the tensor
-  // cores have more to do than the others, and had better not wait.
-  static constexpr bool kSplitsOutputs = kHeadDim <= 128;
+  // cores have more to do than the others, and had better not wait; nor do four warpgroups need it.
+  static constexpr bool kSplitsOutputs = kHeadDim <= 128 && kTakesTurns;
   // Not to look for the largest score of every block saves a tenth of the time, but nothing where
   // the tensor cores are the limit.
   static constexpr bool kSkipsMaximum = kHeadDim <= 128;
   // Two stages of q where they fit.
   static constexpr int kQueryStages =
-      (2 * kTileM + 2 * kStages * kTileN) * kPanels * 128 <= 225 * 1024 ? 2 : 1;
+      kTeams * (2 * kTileM + 2 * kStages * kTileN) * kPanels * 128 <= 225 * 1024 ? 2 : 1;
+  // Outputs have panels of their own where those fit too.
+  static constexpr bool kHasOutputPanels =
+      kTeams * ((kQueryStages + 1) * kTileM + 2 * kStages * kTileN) * kPanels * 128 <= 225 * 1024;
+  using WarpgroupPanels = OutputPanel[4][kPanels];
+  struct Nothing {};
   struct Ring {
     cutlass::arch::ClusterTransactionBarrier full[kStages];
     cutlass::arch::ClusterBarrier empty[kStages];
   };
-  struct Shared {
+  struct alignas(1024) Shared {
     QueryPanel q[kQueryStages][kWarpgroups][kPanels];
     KeyPanel k[kStages][kPanels], v[kStages][kPanels];
+    std::conditional_t<kHasOutputPanels, WarpgroupPanels[kWarpgroups], Nothing> outputs;
     cutlass::arch::ClusterTransactionBarrier full_q[kQueryStages][kWarpgroups];
     cutlass::arch::ClusterBarrier empty_q[kQueryStages][kWarpgroups];
     Ring k_ring, v_ring, tile_ring;
     Sm90AttentionTile tiles[kStages];
   };
-  static constexpr int kSmemBytes = sizeof(Shared) + 1024;  // and its alignment
+  static constexpr int kSmemBytes = kTeams * sizeof(Shared) + 1024;  // and its alignment
+  static_assert(kSmemBytes <= 227 * 1024);
 };
 
 struct Sm90AttentionParams {
   CUtensorMap q, k, v;
+  CUtensorMap out;  // where stores_by_tma
   FlashAttentionProblem problem;
-  int tiles_m, group;        // tiles of queries, heads that share a key head
-  int heads_at_a_time;       // of all sequences
-  int tiles;                 // of all heads
-  int* taken;                // tiles that were handed out past the first of each block, or null
+  int tiles_m, group;   // tiles of queries, heads that share a key head
+  int heads_at_a_time;  // of all sequences
+  int tiles;            // of all heads
+  int* taken;           // tiles that were handed out past the first of each block, or null
+  bool stores_by_tma;
   bool out_is_vectorizable;  // rows begin at multiples of 16 bytes
 };
 
@@ -107,12 +128,13 @@ __device__ inline void load_panels(Panel (&panels)[kPanels], const CUtensorMap& 
 
 // The first producer hands out tiles, and brings their queries: a tile ahead where there is room.
 template <class Traits>
-__device__ inline void produce_queries(const Sm90AttentionParams& params,
+__device__ inline void produce_queries(const Sm90AttentionParams& params, int team,
                                        typename Traits::Shared& shared) {
   const bool is_packed = params.problem.cu_seqlens_q != nullptr;
   StagePosition<Traits::kStages> tiles;
   StagePosition<Traits::kQueryStages> queries;
-  int index = static_cast<int>(blockIdx.x);
+  const int teams = static_cast<int>(gridDim.x) * Traits::kTeams;
+  int index = static_cast<int>(blockIdx.x + team * gridDim.x);  // few tiles: one for each block
   bool has_flushed = false;  // an empty tile has followed the last: all of them get finished
   while (true) {
     shared.tile_ring.empty[tiles.stage].wait(tiles.phase ^ 1);
@@ -124,10 +146,15 @@ __device__ inline void produce_queries(const Sm90AttentionParams& params,
       has_flushed = false;
     } else if (index < params.tiles) {
       const bool is_there = set_queries<Traits>(params, index, tile.queries);
-      index += static_cast<int>(gridDim.x);
-      if (params.taken != nullptr) index = gridDim.x + atomicAdd(params.taken, 1);
+      index += teams;
+      if (params.taken != nullptr) index = teams + atomicAdd(params.taken, 1);
       if (!is_there) continue;
-      tile.keys = tile.queries.key_blocks(Traits::kTileM, Traits::kTileN);
+      tile.keys = tile.queries.key_blocks(0, Traits::kTileM, Traits::kTileN);
+      for (int i = 0; i < Traits::kWarpgroups; ++i) {
+        QueryTile::KeyBlocks& its = tile.of_warpgroup[i];
+        its = tile.queries.key_blocks(64 * i, 64, Traits::kTileN);
+        its.end = min(max(its.end, tile.keys.begin + 1), tile.keys.end);
+      }
       tile.is_careful = false;
     } else {
       tile.keys = {};

@@ -69,15 +69,15 @@ struct QueryTile : KeyBounds {
     return first < seqlen_q;
   }
 
-  // The blocks of `tile_n` keys, begin to end, that `tile_m` queries from the first on attend to.
+  // The blocks of `tile_n` keys, begin to end, that `rows` of the queries attend to.
   struct KeyBlocks {
     int begin, end;
     int whole_begin, whole_end;  // keys that all these queries attend to
   };
-  __device__ KeyBlocks key_blocks(int tile_m, int tile_n) const {
-    const int last = min(first + tile_m, seqlen_q) - 1;
-    return {first_key(first) / tile_n, (last_key(last) + tile_n - 1) / tile_n, first_key(last),
-            last_key(first)};
+  __device__ KeyBlocks key_blocks(int from, int rows, int tile_n) const {
+    const int begin = first + from, last = min(begin + rows, seqlen_q) - 1;
+    return {first_key(begin) / tile_n, (last_key(last) + tile_n - 1) / tile_n, first_key(last),
+            last_key(begin)};
   }
 
   // Row `row` of the sequence.

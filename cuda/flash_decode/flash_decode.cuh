@@ -241,8 +241,8 @@ __device__ inline void attend(const FlashDecodeParams& params,
   constexpr int kTiles = Traits::kTiles, kHeadDim = Traits::kHeadDim, kStages = Traits::kStages;
   const FlashDecodeProblem& p = params.problem;
   const DecodePiece& piece = shared.piece;
-  const int lane = threadIdx.x % 32, index = piece.place.index, head_k = piece.place.head_k;
-  const DecodeTile tile = decode_tile(params, index);
+  const int head_k = piece.place.head_k;
+  const DecodeTile tile = decode_tile(params, piece.place.index);
   const DecodeBlocks blocks = decode_blocks(params, tile, Traits::kBlockKeys);
   const int begin = blocks.begin + piece.place.block;
   const int count = min(blocks.count - piece.place.block, piece.end - piece.at);
@@ -263,10 +263,10 @@ __device__ inline void attend(const FlashDecodeParams& params,
   const int whole_begin = tile.first_key(tile.last_query(params));
   const int whole_end = tile.last_key(tile.query(params, 0)) - Traits::kKeys;
 #pragma unroll 1
-  for (int turn = 0, stage = 0; turn < count; ++turn, key += Traits::kBlockKeys) {
+  for (int left = count, stage = 0; left > 0; --left, key += Traits::kBlockKeys) {
     copy_async_wait<kStages - 2>();
     __syncwarp();  // all lanes' copies have arrived, and the stage before has been read
-    if (turn + kStages - 1 < count) loader.load(stage == 0 ? kStages - 1 : stage - 1);
+    if (left > kStages - 1) loader.load(stage == 0 ? kStages - 1 : stage - 1);
     copy_async_commit();
 
     float s[kTiles][4], rescale[kTiles][2], value_scale[2], more[2];
@@ -274,9 +274,10 @@ __device__ inline void attend(const FlashDecodeParams& params,
     reader.value_scales(stage, value_scale, more);
     if (!is_plain || key < whole_begin || key > whole_end) {
       // Worked out anew, sooner than take registers from the loop.
-      const DecodeTile its = decode_tile(params, not_hoisted(index));
-      if (!is_plain) transform_decode_scores(params, its, head_k, key + lane / 4, s);
-      mask_decode_scores(params, its, key + lane / 4, s);
+      const DecodeTile its = decode_tile(params, piece.place.index);
+      const int first = key + not_hoisted(threadIdx.x) % 32 / 4;
+      if (!is_plain) transform_decode_scores(params, its, piece.place.head_k, first, s);
+      mask_decode_scores(params, its, first, s);
     }
     if (softmax.refer(s, more, rescale)) {
 #pragma unroll

@@ -270,7 +270,7 @@ class KeyLoader {
   // This lane's rows of the next load; with pages, of a page's first tokens.
   const Element *k_, *v_;
   const float* scale_ = nullptr;
-  int64_t page_ = 0;
+  int page_ = 0;
 };
 
 // Operands from a warp's ring.
@@ -348,10 +348,11 @@ class KeyReader {
 
   // 64 bytes of columns 8 n on; other digits come after the first.
   __device__ __forceinline__ void queries(int n, int step, uint32_t (&q)[4]) const {
-    constexpr int kSteps = Traits::kRowBytes / 64;
-    load_matrices((q_ ^ (step % kSteps << 6)) +
-                      (step / kSteps * Traits::kColumns + 8 * n) * Traits::kRowBytes,
-                  q);
+    constexpr int kSteps = Traits::kRowBytes / 64, kBytes = Traits::kRowBytes;
+    const uint32_t reorder = swizzled<kBytes>(8 * n * kBytes) - 8 * n * kBytes;
+    load_matrices(
+        (q_ ^ (step % kSteps << 6) ^ reorder) + (step / kSteps * Traits::kColumns + 8 * n) * kBytes,
+        q);
   }
   __device__ __forceinline__ void some_queries(int n, int step, uint32_t (&q)[4]) const {
     if constexpr (kHoldsQueries) {
@@ -394,31 +395,36 @@ class KeyReader {
     constexpr int kSteps = Traits::kRowBytes / 64;
     const int row = threadIdx.x % 32 / 4;
     const float k_scale[2] = {factor_ * scales_[stage].k[row], factor_ * scales_[stage].k[row + 8]};
-    uint32_t sums[3][kTiles][4] = {};
+    // Of 32 columns 8 at a time, and in a loop: there are no registers for all sums.
+    constexpr int kAtATime = kTiles < 4 ? kTiles : 1;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t k[2][4];
-      load_matrices(at ^ (step << 6), k[0]);
-      load_matrices(at ^ (step << 6 | 32), k[1]);
+    for (int first = 0; first < kTiles; first += kAtATime) {
+      uint32_t sums[3][kAtATime][4] = {};
+#pragma unroll(kTiles < 4 ? kSteps : 1)
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t k[2][4];
+        load_matrices(at ^ (step << 6), k[0]);
+        load_matrices(at ^ (step << 6 | 32), k[1]);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+        for (int n = 0; n < kAtATime; ++n) {
 #pragma unroll
-        for (int digit = 0; digit < 3; ++digit) {
-          uint32_t q[4];
-          some_queries(n, digit * kSteps + step, q);
-          mma_int8(k[0], q[0], q[1], sums[digit][n]);
-          mma_int8(k[1], q[2], q[3], sums[digit][n]);
+          for (int digit = 0; digit < 3; ++digit) {
+            uint32_t q[4];
+            some_queries(first + n, digit * kSteps + step, q);
+            mma_int8(k[0], q[0], q[1], sums[digit][n]);
+            mma_int8(k[1], q[2], q[3], sums[digit][n]);
+          }
         }
       }
-    }
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const float* const q_scale = q_scale_ + 8 * n + threadIdx.x % 4 * 2;
+      for (int n = 0; n < kAtATime; ++n) {
+        const float* const q_scale = q_scale_ + 8 * (first + n) + threadIdx.x % 4 * 2;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int lower = static_cast<int>((sums[1][n][i] << 7) + sums[2][n][i]);
-        const float sum = fmaf(static_cast<int>(sums[0][n][i]), 1 << 14, lower);
-        s[n][i] = sum * (q_scale[i % 2] * k_scale[i / 2]);
+        for (int i = 0; i < 4; ++i) {
+          const int lower = static_cast<int>((sums[1][n][i] << 7) + sums[2][n][i]);
+          const float sum = fmaf(static_cast<int>(sums[0][n][i]), 1 << 14, lower);
+          s[first + n][i] = sum * (q_scale[i % 2] * k_scale[i / 2]);
+        }
       }
     }
   }

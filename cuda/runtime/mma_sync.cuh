@@ -1,5 +1,5 @@
 // Ampere's matrix product of a warp, mma.sync m16n8k16 of 16-bit operands, and how its operands
-// come from shared memory.
+// come from shared memory and (on Hopper) go there.
 //
 // Of an operand's 8 x 8 elements a lane has row lane / 4, columns 2 * (lane % 4) and the next, in a
 // register; of the float32 sums (16, 8) those of rows lane / 4 and lane / 4 + 8.
@@ -44,6 +44,13 @@ __device__ inline void load_transposed_matrices(uint32_t address, uint32_t (&x)[
   asm volatile("ldmatrix.sync.aligned.x4.trans.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(address));
+}
+
+// As load_matrices, the other way.
+__device__ inline void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
 }
 
 // An 8 x 8 matrix in the registers of a warp.

@@ -340,23 +340,31 @@ def test_bad_cu_seqlens():
     bad("cu_seqlens_q has dtype int64", TypeError, **packed | {"cu_seqlens_q": cu.long()})
 
 
+def check_heads(out, q, k, v, heads, **options):
+    """Some heads (batch, head) of a call that had all of q, k and v."""
+    for batch, head in heads:
+        key = head // (q.shape[2] // k.shape[2])
+        part = [x[batch : batch + 1, :, i : i + 1] for x, i in ((q, head), (k, key), (v, key))]
+        expected, _ = reference.flash_attention(*part, **options)
+        its = out[batch : batch + 1, :, head : head + 1]
+        assert_close(its, expected, torch_attention(*part, **options))
+    assert torch.isfinite(out).all()
+
+
+# Few and many keys: CUDA has kernels for either.
+many_tiles = pytest.mark.parametrize("seqlen_k", [530, 6500])
+
+
 @pytest.mark.cuda
+@many_tiles
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
-def test_more_tiles_than_multiprocessors(head_dim, causal):
-    """Heads of one kernel call have the bits of a call of their own."""
-    q, k, v = qkv(3, 517, 530, 40, 8, head_dim, Kind("cuda", torch.bfloat16))
+def test_more_tiles_than_multiprocessors(head_dim, causal, seqlen_k):
+    q, k, v = qkv(3, 517, seqlen_k, 40, 8, head_dim, Kind("cuda", torch.bfloat16))
     out, lse = fastq.flash_attention(q, k, v, causal=causal, return_lse=True)
-    for batch, head in ((0, 0), (1, 7), (2, 39)):
-        part = slice(batch, batch + 1)
-        key = slice(head // 5, head // 5 + 1)
-        alone = (q[part, :, head : head + 1], k[part, :, key], v[part, :, key])
-        check(*alone, causal=causal)
-        assert torch.equal(
-            fastq.flash_attention(*alone, causal=causal)[0, :, 0], out[batch, :, head]
-        )
-    assert torch.isfinite(out).all()
+    check_heads(out, q, k, v, ((0, 0), (1, 7), (2, 39)), causal=causal)
     assert torch.isfinite(lse).all()
+    assert torch.equal(fastq.flash_attention(q[1:], k[1:], v[1:], causal=causal), out[1:])
 
 
 @kinds()
@@ -370,20 +378,18 @@ def test_scores_that_grow_by_far(kind):
 
 
 @pytest.mark.cuda
+@many_tiles
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_scores_that_grow_in_some_of_many_tiles(head_dim, causal):
+def test_scores_that_grow_in_some_of_many_tiles(head_dim, causal, seqlen_k):
     """Tiles that a kernel does again, among others, and the last one."""
-    q, k, v = qkv(2, 700, 700, 60, 60, head_dim, Kind("cuda", torch.float16))
+    q, k, v = qkv(2, 517, seqlen_k, 60, 60, head_dim, Kind("cuda", torch.float16))
     growing = torch.ones(60, 1, device="cuda", dtype=k.dtype)
     growing[::7] = growing[-1] = 60
     k[:, 200:400] *= growing
     out = fastq.flash_attention(q, k, v, causal=causal)
-    for head in (0, 1, 7, 58, 59):
-        alone = [x[1:, :, head : head + 1] for x in (q, k, v)]
-        check(*alone, causal=causal)
-        assert torch.equal(fastq.flash_attention(*alone, causal=causal)[0, :, 0], out[1, :, head])
-    assert torch.isfinite(out).all()
+    check_heads(out, q, k, v, [(1, head) for head in (0, 1, 7, 58, 59)], causal=causal)
+    assert torch.equal(fastq.flash_attention(q[1:], k[1:], v[1:], causal=causal), out[1:])
 
 
 @pytest.mark.cuda

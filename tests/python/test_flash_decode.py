@@ -85,6 +85,21 @@ def test_head_dims(head_dim, page_size, kind):
 
 
 @each_kind
+@pytest.mark.parametrize("is_int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("megabytes", [100, 1000, 8000])
+def test_large_caches(megabytes, head_dim, is_int8, kind):
+    """Few tokens, but a table of pages for many: by that CUDA chooses its kernel."""
+    token_bytes = 2 * 3 * head_dim * (1 if is_int8 else kind.dtype.itemsize)
+    capacity = (megabytes << 20) // token_bytes // 16 * 16
+    cache = make_cache(
+        (900, 0, 77), 1, head_dim, kind, capacity=capacity, page_size=16, is_int8=is_int8
+    )
+    for seqlen_q, heads in ((1, 8), (1, 16), (1, 32), (3, 20)):
+        check(random(3, seqlen_q, heads, head_dim, kind=kind), **cache)
+
+
+@each_kind
 @paged
 def test_int8(page_size, kind):
     cache = make_cache(LENGTHS, 2, 64, kind, page_size=page_size, is_int8=True)
