@@ -28,6 +28,7 @@
 #include "flash_attention/attention_wgmma.cuh"
 #include "flash_attention/flash_attention_kernels.hpp"
 #include "flash_attention/flash_attention_sm90_producers.cuh"
+#include "runtime/dependent_launch.cuh"
 #include "runtime/mma_sync.cuh"
 #include "runtime/tma.hpp"
 
@@ -428,6 +429,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x < Traits::kTeams) set_barriers<Traits>(teams[threadIdx.x]);
   cutlass::arch::fence_barrier_init();
   __syncthreads();
+  wait_for_predecessor();
+  let_successor_start();
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x >= 64 * Traits::kTeams) return;
@@ -441,6 +444,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
+// A kernel, which others may overlap as they may not a memset.
+template <class Traits>
+__global__ void clear_counter(int* counter) {
+  wait_for_predecessor();
+  let_successor_start();
+  *counter = 0;
+}
+
 template <class Traits>
 struct Sm90Attention {
   static constexpr auto kKernel = &flash_attention_sm90<Traits>;
@@ -449,6 +460,7 @@ struct Sm90Attention {
     check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                Traits::kSmemBytes),
           "loading an sm_90a attention kernel");
+    load_kernel(reinterpret_cast<const void*>(&clear_counter<Traits>));
   }
 
   static void launch(const FlashAttentionProblem& p, void* workspace) {
@@ -488,14 +500,21 @@ struct Sm90Attention {
     params.heads_at_a_time = static_cast<int>(std::clamp<int64_t>(at_a_time, 1, heads));
     params.tiles = static_cast<int>(tiles);
     params.taken = nullptr;
+    cudaLaunchAttribute attribute = dependent_launch();
+    cudaLaunchConfig_t config{};
+    config.stream = static_cast<cudaStream_t>(p.stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
     if (tiles > teams && tiles_differ) {
       params.taken = static_cast<int*>(workspace);
-      check(cudaMemsetAsync(params.taken, 0, sizeof(int), static_cast<cudaStream_t>(p.stream)),
+      config.gridDim = config.blockDim = 1;
+      check(cudaLaunchKernelEx(&config, &clear_counter<Traits>, params.taken),
             "clearing attention's counter");
     }
-    kKernel<<<blocks, Traits::kThreads, Traits::kSmemBytes, static_cast<cudaStream_t>(p.stream)>>>(
-        params);
-    check(cudaGetLastError(), "launching an sm_90a attention kernel");
+    config.gridDim = blocks;
+    config.blockDim = Traits::kThreads;
+    config.dynamicSmemBytes = Traits::kSmemBytes;
+    check(cudaLaunchKernelEx(&config, kKernel, params), "launching an sm_90a attention kernel");
   }
 
   static bool register_kernel() {

@@ -1,10 +1,12 @@
 // Keys and values of a cache, from memory to the operands of a warp's products.
 //
-// An int8 cache's keys are operands as they are: queries have become three int8 numbers each,
-// digits
+// An int8 cache's keys are operands as they are where columns are few: queries have become three
+// int8 numbers each, digits
 //   q = scale * (2^14 a + 2^7 b + c),  at most kLargestQuery = 127 * 2^14 + 2^13 - 1
-// of a row, and scores are exact sums of them. Values become float16, exactly, whatever the queries
-// are; exponentials, relative to a reference, are in its range.
+// of a row, and scores are exact sums of them. For many columns that is more work than to turn the
+// keys into float16, exactly, as the values always are; queries become float16 by a power of two
+// for each row, which loses nothing that counts. Exponentials, relative to a reference, are in its
+// range.
 #pragma once
 
 #include <type_traits>
@@ -42,10 +44,12 @@ struct FlashDecodeTraits {
   struct Scales {
     float k[kKeys], v[kKeys];
   };
-  static constexpr int kQueryDigits = kInt8 ? 3 : 1;
+  static constexpr bool kConvertsKeys = kInt8 && kTiles >= 4;
+  static constexpr int kQueryDigits = kInt8 && !kConvertsKeys ? 3 : 1;
+  static constexpr int kQueryRowBytes = kConvertsKeys ? 2 * kHeadDim : kRowBytes;
   struct Shared {
     Ring ring[kWarps];
-    uint8_t q[kQueryDigits][kColumns][kRowBytes];
+    uint8_t q[kQueryDigits][kColumns][kQueryRowBytes];
     float q_scale[kColumns];  // int8 only, as the next
     Scales scales[kInt8 ? kWarps : 1][kInt8 ? kStages : 1];
     float2 references[kWarps][kColumns];
@@ -87,12 +91,19 @@ __device__ inline uint32_t bytes_0_and_2(uint32_t x) {
   return y;
 }
 
+// Where an element of a query goes whose products are with converted keys: of each 16, a lane has
+// bytes 0 and 2 of a word of four as its first two operands, and bytes 1 and 3 as the other two.
+__device__ inline int query_position(int element) {
+  const int word = element % 16 / 4, byte = element % 4;
+  return element / 16 * 16 + byte % 2 * 8 + 2 * word + byte / 2;
+}
+
 // The rows of a tile to shared memory, zeros where there are none.
 template <class Traits>
 __device__ inline void load_queries(const FlashDecodeParams& params, const DecodeTile& tile,
                                     int head_k, typename Traits::Shared& shared) {
   using T = typename Traits::T;
-  constexpr int kPerLane = Traits::kHeadDim / 32, kBytes = Traits::kRowBytes;
+  constexpr int kPerLane = Traits::kHeadDim / 32, kBytes = Traits::kQueryRowBytes;
   const FlashDecodeProblem& p = params.problem;
   const int lane = threadIdx.x % 32, head_dim = static_cast<int>(p.head_dim);
 #pragma unroll
@@ -120,16 +131,27 @@ __device__ inline void load_queries(const FlashDecodeParams& params, const Decod
       for (const T& y : x) absmax = max(absmax, abs_bits(to_float(y)));
       absmax = __reduce_max_sync(0xffffffffu, absmax);
       const bool is_finite = absmax < 0x7f800000u;
-      const float scale = fmaxf(__uint_as_float(absmax) / kLargestQuery, FLT_MIN);
+      // A power of two that leaves less than 2^15.
+      const uint32_t power = max(absmax, 30u << 23) & 0x7f800000u, fourteen = 14u << 23;
+      const float scale = Traits::kConvertsKeys
+                              ? __uint_as_float(power - fourteen)
+                              : fmaxf(__uint_as_float(absmax) / kLargestQuery, FLT_MIN);
+      const float inverse = __uint_as_float((254u << 23) - (power - fourteen));
       if (lane == 0) shared.q_scale[column] = is_finite ? scale : NAN;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        const int y = is_finite ? __float2int_rn(__fdiv_rn(to_float(x[i]), scale)) : 0;
-        const int a = (y + (1 << 13)) >> 14, rest = y - (a << 14), b = (rest + (1 << 6)) >> 7;
-        const uint32_t at = swizzled<kBytes>(column * kBytes + lane + 32 * i);
-        shared.q[0][0][at] = static_cast<uint8_t>(a);
-        shared.q[1][0][at] = static_cast<uint8_t>(b);
-        shared.q[2][0][at] = static_cast<uint8_t>(rest - (b << 7));
+        const float y = is_finite ? to_float(x[i]) : 0.0f;
+        if constexpr (Traits::kConvertsKeys) {
+          const int at = swizzled<kBytes>(column * kBytes + 2 * query_position(lane + 32 * i));
+          *reinterpret_cast<__half*>(shared.q[0][0] + at) = __float2half_rn(y * inverse);
+        } else {
+          const int z = __float2int_rn(__fdiv_rn(y, scale));
+          const int a = (z + (1 << 13)) >> 14, rest = z - (a << 14), b = (rest + (1 << 6)) >> 7;
+          const uint32_t at = swizzled<kBytes>(column * kBytes + lane + 32 * i);
+          shared.q[0][0][at] = static_cast<uint8_t>(a);
+          shared.q[1][0][at] = static_cast<uint8_t>(b);
+          shared.q[2][0][at] = static_cast<uint8_t>(rest - (b << 7));
+        }
       }
     }
   }
@@ -292,7 +314,8 @@ class KeyReader {
         swizzled<kBytes>((lane % 8 + lane / 16 * 8) * kBytes + lane / 8 % 2 * 16);
     k_ = shared_address(ring.k) + of_rows;
     v_ = shared_address(ring.v) + (Traits::kInt8 ? of_rows : transposed);
-    q_ = shared_address(shared.q) + swizzled<kBytes>(lane % 8 * kBytes + lane / 8 * 16);
+    constexpr int kQueryBytes = Traits::kQueryRowBytes;
+    q_ = shared_address(shared.q) + swizzled<kQueryBytes>(lane % 8 * kQueryBytes + lane / 8 * 16);
     if constexpr (kHoldsQueries) {
 #pragma unroll
       for (int step = 0; step < kQuerySteps; ++step) queries(0, step, held_[step]);
@@ -301,7 +324,7 @@ class KeyReader {
 
   // Scores, scaled: exponents of 2.
   __device__ __forceinline__ void scores(int stage, float (&s)[kTiles][4]) const {
-    if constexpr (Traits::kInt8) {
+    if constexpr (Traits::kInt8 && !Traits::kConvertsKeys) {
       int8_scores(stage, s);
     } else {
       float_scores(stage, s);
@@ -343,12 +366,12 @@ class KeyReader {
  private:
   using T = typename Traits::T;
   static constexpr int kStageBytes = Traits::kKeys * Traits::kRowBytes;
-  static constexpr int kQuerySteps = Traits::kQueryDigits * Traits::kRowBytes / 64;
+  static constexpr int kQuerySteps = Traits::kQueryDigits * Traits::kQueryRowBytes / 64;
   static constexpr bool kHoldsQueries = kTiles == 1;
 
   // 64 bytes of columns 8 n on; other digits come after the first.
   __device__ __forceinline__ void queries(int n, int step, uint32_t (&q)[4]) const {
-    constexpr int kSteps = Traits::kRowBytes / 64, kBytes = Traits::kRowBytes;
+    constexpr int kBytes = Traits::kQueryRowBytes, kSteps = kBytes / 64;
     const uint32_t reorder = swizzled<kBytes>(8 * n * kBytes) - 8 * n * kBytes;
     load_matrices(
         (q_ ^ (step % kSteps << 6) ^ reorder) + (step / kSteps * Traits::kColumns + 8 * n) * kBytes,
@@ -363,68 +386,96 @@ class KeyReader {
     }
   }
 
-  __device__ __forceinline__ void float_scores(int stage, float (&s)[kTiles][4]) const {
+  // 32 elements of 16 keys, from element 32 * step on, as operands of two products.
+  __device__ __forceinline__ void keys(int stage, int step, uint32_t (&k)[2][4]) const {
     const uint32_t at = k_ + stage * kStageBytes;
+    if constexpr (Traits::kConvertsKeys) {
+      uint32_t x[4];
+      load_matrices(at ^ (step << 5), x);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          k[i][half] = bytes_0_and_2(x[2 * i + half]);
+          k[i][half + 2] = bytes_0_and_2(x[2 * i + half] >> 8);
+        }
+      }
+    } else {
+      load_matrices(at ^ (step << 6), k[0]);
+      load_matrices(at ^ (step << 6 | 32), k[1]);
+    }
+  }
+
+  // What this lane's two keys' sums are multiplied by.
+  __device__ __forceinline__ void key_factors(int stage, float (&factor)[2]) const {
+    const int row = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      factor[half] = Traits::kInt8 ? factor_ * scales_[stage].k[row + 8 * half] : factor_;
+    }
+  }
+
+  __device__ __forceinline__ void float_scores(int stage, float (&s)[kTiles][4]) const {
+    using Product = typename Traits::Product;
     // Two sums in turn where there would be a long chain of products.
     constexpr int kChains = kTiles == 1 ? 2 : 1;
     float chains[kChains][kTiles][4] = {};
 #pragma unroll
     for (int step = 0; step < kQuerySteps; ++step) {
       uint32_t k[2][4];
-      load_matrices(at ^ (step << 6), k[0]);
-      load_matrices(at ^ (step << 6 | 32), k[1]);
+      keys(stage, step, k);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         uint32_t q[4];
         some_queries(n, step, q);
-        mma<T>(k[0], q[0], q[1], chains[0][n]);
-        mma<T>(k[1], q[2], q[3], chains[kChains - 1][n]);
+        mma<Product>(k[0], q[0], q[1], chains[0][n]);
+        mma<Product>(k[1], q[2], q[3], chains[kChains - 1][n]);
       }
     }
+    float factor[2];
+    key_factors(stage, factor);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[n][i] = factor_ * (kChains == 2 ? chains[0][n][i] + chains[1][n][i] : chains[0][n][i]);
+        const float sum = kChains == 2 ? chains[0][n][i] + chains[1][n][i] : chains[0][n][i];
+        s[n][i] = sum * (query_scale(n, i) * factor[i / 2]);
       }
     }
   }
+  __device__ __forceinline__ float query_scale(int n, int i) const {
+    return Traits::kInt8 ? q_scale_[8 * n + threadIdx.x % 4 * 2 + i % 2] : 1.0f;
+  }
 
   __device__ __forceinline__ void int8_scores(int stage, float (&s)[kTiles][4]) const {
-    const uint32_t at = k_ + stage * kStageBytes;
     constexpr int kSteps = Traits::kRowBytes / 64;
-    const int row = threadIdx.x % 32 / 4;
-    const float k_scale[2] = {factor_ * scales_[stage].k[row], factor_ * scales_[stage].k[row + 8]};
-    // Of 32 columns 8 at a time, and in a loop: there are no registers for all sums.
-    constexpr int kAtATime = kTiles < 4 ? kTiles : 1;
+    const uint32_t at = k_ + stage * kStageBytes;
+    uint32_t sums[3][kTiles][4] = {};
 #pragma unroll
-    for (int first = 0; first < kTiles; first += kAtATime) {
-      uint32_t sums[3][kAtATime][4] = {};
-#pragma unroll(kTiles < 4 ? kSteps : 1)
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t k[2][4];
-        load_matrices(at ^ (step << 6), k[0]);
-        load_matrices(at ^ (step << 6 | 32), k[1]);
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t k[2][4];
+      load_matrices(at ^ (step << 6), k[0]);
+      load_matrices(at ^ (step << 6 | 32), k[1]);
 #pragma unroll
-        for (int n = 0; n < kAtATime; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-          for (int digit = 0; digit < 3; ++digit) {
-            uint32_t q[4];
-            some_queries(first + n, digit * kSteps + step, q);
-            mma_int8(k[0], q[0], q[1], sums[digit][n]);
-            mma_int8(k[1], q[2], q[3], sums[digit][n]);
-          }
+        for (int digit = 0; digit < 3; ++digit) {
+          uint32_t q[4];
+          some_queries(n, digit * kSteps + step, q);
+          mma_int8(k[0], q[0], q[1], sums[digit][n]);
+          mma_int8(k[1], q[2], q[3], sums[digit][n]);
         }
       }
+    }
+    float factor[2];
+    key_factors(stage, factor);
 #pragma unroll
-      for (int n = 0; n < kAtATime; ++n) {
-        const float* const q_scale = q_scale_ + 8 * (first + n) + threadIdx.x % 4 * 2;
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int lower = static_cast<int>((sums[1][n][i] << 7) + sums[2][n][i]);
-          const float sum = fmaf(static_cast<int>(sums[0][n][i]), 1 << 14, lower);
-          s[first + n][i] = sum * (q_scale[i % 2] * k_scale[i / 2]);
-        }
+      for (int i = 0; i < 4; ++i) {
+        const int lower = static_cast<int>((sums[1][n][i] << 7) + sums[2][n][i]);
+        const float sum = fmaf(static_cast<int>(sums[0][n][i]), 1 << 14, lower);
+        s[n][i] = sum * (query_scale(n, i) * factor[i / 2]);
       }
     }
   }
