@@ -35,14 +35,16 @@ def _output(*command: str) -> str | None:
 
 @functools.cache
 def _commit() -> tuple[str, bool | None]:
-    """The commit and whether the tree differs from it; FASTQ_COMMIT and FASTQ_DIRTY without git."""
+    """The commit and whether the tree differs from it: FASTQ_COMMIT and FASTQ_DIRTY, for a tree
+    that git does not know, or what git says."""
+    if "FASTQ_COMMIT" in os.environ:
+        dirty = os.environ.get("FASTQ_DIRTY")
+        return os.environ["FASTQ_COMMIT"], None if dirty is None else dirty == "1"
     git = ("git", "-C", str(REPOSITORY))
     commit = _output(*git, "rev-parse", "HEAD")
-    if commit is not None:
-        changed = _output(*git, "status", "--porcelain", "--", ":!bench/results")
-        return commit, bool(changed)
-    dirty = os.environ.get("FASTQ_DIRTY")
-    return os.environ.get("FASTQ_COMMIT", "unknown"), None if dirty is None else dirty == "1"
+    if commit is None:
+        return "unknown", None
+    return commit, bool(_output(*git, "status", "--porcelain", "--", ":!bench/results"))
 
 
 def _cpu_name() -> str:

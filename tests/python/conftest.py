@@ -99,14 +99,17 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> NativeBuild:
 
 
 def _commit() -> tuple[str, bool]:
-    """The commit under test and whether the tree differs from it; FASTQ_COMMIT without git."""
+    """The commit under test and whether the tree differs from it: FASTQ_COMMIT and FASTQ_DIRTY, for
+    a tree that git does not know, or what git says."""
+    if "FASTQ_COMMIT" in os.environ:
+        return os.environ["FASTQ_COMMIT"], os.environ.get("FASTQ_DIRTY", "0") == "1"
     git = ["git", "-C", str(REPOSITORY)]
     try:
         ask = functools.partial(subprocess.check_output, text=True, stderr=subprocess.DEVNULL)
         commit = ask([*git, "rev-parse", "HEAD"]).strip()
         return commit, bool(ask([*git, "status", "--porcelain", "-uno"]).strip())
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FASTQ_COMMIT", "unknown"), False
+        return "unknown", False
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
