@@ -128,6 +128,35 @@ def test_last_only_is_the_last_row(oracle):
     assert relative_error(logits, expected[:, -1:]) <= TOLERANCE
 
 
+def test_gradients_equal_transformers(oracle):
+    """With parameters that require grad attention is torch's."""
+    theirs, folder, ids, expected = oracle
+    model = load_model(folder).requires_grad_(True)
+    logits = model(ids)
+    assert relative_error(logits.detach(), expected) <= TOLERANCE
+    logits.square().mean().backward()
+    theirs.zero_grad()
+    theirs(ids).logits.square().mean().backward()
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, wanted[name].grad) <= TOLERANCE
+    theirs.zero_grad()
+
+
+def test_torch_attends_only_where_gradients_are_wanted(oracle, monkeypatch):
+    _, folder, ids, _ = oracle
+
+    def refuse(*_, **__):
+        raise AssertionError("torch's attention was called")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    model = load_model(folder)
+    model(ids)
+    model(ids, model.new_cache(2, 41))
+    with pytest.raises(AssertionError, match="torch's attention"):
+        model.requires_grad_(True)(ids)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_close_as_transformers(oracle, device, dtype):
     _, folder, ids, expected = oracle

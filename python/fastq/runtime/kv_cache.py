@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import has_kernel, torch_attention
 from .config import LlamaConfig
 from .rotary import apply_rotary, rotary_table
 
@@ -61,12 +61,12 @@ class KVCache:
         query is (batch, seqlen, heads, head_dim), key and value (batch, seqlen, kv_heads,
         head_dim), not yet rotated; returns (batch, seqlen, heads, head_dim).
         """
-        # Here: a model is trained where the native library may not be built.
+        # Here, as in attention.py: `runtime` may be imported by itself.
         from .. import flash_attention, flash_decode, kv_append
 
         keys, values = self.keys[layer], self.values[layer]
         cos, sin = self._rotary
-        if query.is_cuda and query.dtype == torch.float32:
+        if not has_kernel(query):
             return self._attend_by_torch(keys, values, query, key, value)
         query = kv_append(
             key, value, keys, values, self._seqlens, rotary_cos=cos, rotary_sin=sin, q=query
@@ -79,7 +79,7 @@ class KVCache:
     def _attend_by_torch(
         self, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        """In float32 on a GPU, where fastq has no kernel: to compare with, not to serve."""
+        """Where fastq has no kernel."""
         seqlen = query.shape[1]
         end = self.length + seqlen
         table = [part[self.length : end] for part in self._rotary]
@@ -87,11 +87,5 @@ class KVCache:
         values[:, self.length : end] = value
         rows = torch.arange(self.length, end, device=query.device)
         mask = torch.arange(end, device=query.device) <= rows[:, None]
-        out = F.scaled_dot_product_attention(
-            apply_rotary(query, *table).transpose(1, 2),
-            keys[:, :end].transpose(1, 2),
-            values[:, :end].transpose(1, 2),
-            attn_mask=mask,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return out.transpose(1, 2)
+        query = apply_rotary(query, *table)
+        return torch_attention(query, keys[:, :end], values[:, :end], attn_mask=mask)

@@ -1,4 +1,4 @@
-"""A LLaMA-style decoder in plain torch, but for the attention to a cache (kv_cache.py).
+"""A LLaMA-style decoder in plain torch, but for its attention (attention.py, kv_cache.py).
 
 Modules and parameters carry the names of Hugging Face checkpoints, so that a state dict loads as
 it is, and every linear layer is an `nn.Linear`, so that `fastq.quantize` can replace it. The
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import causal_attention
 from .config import LlamaConfig
 from .kv_cache import KVCache
 from .rotary import apply_rotary, rotary_table
@@ -43,7 +44,6 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        self.grouped = config.num_attention_heads != config.num_key_value_heads
         heads = config.num_attention_heads * config.head_dim
         kv_heads = config.num_key_value_heads * config.head_dim
         bias = config.attention_bias
@@ -61,15 +61,8 @@ class Attention(nn.Module):
         )
         if cache is not None:
             return self.o_proj(cache.attend(self.layer, query, key, value).flatten(2))
-        # torch's, which has gradients.
-        out = F.scaled_dot_product_attention(
-            apply_rotary(query, *rotary).transpose(1, 2),
-            apply_rotary(key, *rotary).transpose(1, 2),
-            value.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.grouped,
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        return self.o_proj(causal_attention(query, key, value).flatten(2))
 
 
 class MLP(nn.Module):
