@@ -4,6 +4,7 @@
 ``bench/results/<device>/flash_attention.jsonl``. Inputs are drawn from N(0, 1); there are as many
 queries as keys. The rate counts 4 * batch * heads * seqlen^2 * head_dim operations, half of them
 with a causal mask. ``ratio`` is the time of torch's fastest over this implementation's.
+``--families default,sm80`` times the kernels of Ampere and newer, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastq
 
 from . import results, timing
+from .kernel_families import DEFAULT, add_families, in_family, label
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 BACKENDS = {
@@ -35,7 +37,14 @@ def sdpa(q, k, v, *, causal: bool, backend: SDPBackend | None) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
 
-def run(writer: results.Writer, sizes: dict, tag: str, rounds: int, dtype: torch.dtype) -> None:
+def run(
+    writer: results.Writer,
+    sizes: dict,
+    tag: str,
+    rounds: int,
+    dtype: torch.dtype,
+    families: list[str],
+) -> None:
     device = writer.device
     generator = torch.Generator(device=device).manual_seed(0)
     batch, seqlen, heads, heads_k, head_dim = (
@@ -53,7 +62,10 @@ def run(writer: results.Writer, sizes: dict, tag: str, rounds: int, dtype: torch
     inputs = [operands() for _ in range(timing.copies(bytes_each, device))]
     # torch's wants (batch, heads, seqlen, head_dim); these are views.
     transposed = [[t.transpose(1, 2) for t in qkv] for qkv in inputs]
-    candidates = {"fastq": [partial(fastq.flash_attention, *qkv, causal=causal) for qkv in inputs]}
+    candidates = {}
+    for family in families if device.type == "cuda" else [DEFAULT]:
+        attention = in_family(family, fastq.flash_attention)
+        candidates[label(family)] = [partial(attention, *qkv, causal=causal) for qkv in inputs]
     for name, backend in BACKENDS[device.type].items():
         call = partial(sdpa, causal=causal, backend=backend)
         candidates[name] = [partial(call, *qkv) for qkv in transposed]
@@ -91,11 +103,12 @@ def run(writer: results.Writer, sizes: dict, tag: str, rounds: int, dtype: torch
 def main() -> None:
     parser = results.arguments("flash_attention")
     results.add_shapes(parser, "flash_attention")
+    add_families(parser)
     options = parser.parse_args()
     writer = results.writer(options, "flash_attention")
     for sizes, tag in results.shapes(options):
         for dtype in DTYPES[writer.device.type]:
-            run(writer, sizes, tag, options.rounds, dtype)
+            run(writer, sizes, tag, options.rounds, dtype, options.families)
     print(f"appended to {writer.path}")
 
 

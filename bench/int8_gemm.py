@@ -36,6 +36,7 @@ from .int8_gemm_cases import (
     peers,
     references,
 )
+from .kernel_families import add_families
 
 Timings = dict[str, timing.Timing]
 SHOWN = {int8_gemm_summary.OURS, int8_gemm_summary.PACKED}  # unless --verbose
@@ -65,7 +66,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, writer: results.Writer):
         self.writer, self.rounds, self.verbose = writer, options.rounds, options.verbose
-        self.families = options.families.split(",")
+        self.families = options.families
         self.wanted: Wanted = lambda name: re.search(options.only, name) is not None
         self.library = reference_tiles.find() if writer.device.type == "cuda" else None
 
@@ -153,9 +154,7 @@ def main() -> None:
     parser.add_argument("--M", type=numbers, help="1,16,64: these of the shapes file")
     parser.add_argument("--NK", type=pairs, help="4096x4096,11008x4096; with --M: any shape")
     parser.add_argument("--only", default="", help="a regular expression on the implementation")
-    parser.add_argument(
-        "--families", default="default", help="CUDA kernel families: default, sm80, sm90"
-    )
+    add_families(parser)
     parser.add_argument("--verbose", action="store_true", help="every implementation of a shape")
     options = parser.parse_args()
     writer = results.writer(options, "int8_gemm")

@@ -6,9 +6,7 @@ same outputs.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ import fastq
 
 from . import timing
 from .int8_gemm_summary import PACKED, QUANTIZED, UNPROMISED
+from .kernel_families import DEFAULT, in_family, kernel_family, label
 from .reference_tiles import Reference, Tile
 
 INT_MM = "torch._int_mm"
@@ -108,27 +107,8 @@ class Problem:
         assert torch.equal(sums.double(), expected)
 
 
-@contextmanager
-def kernel_family(name: str) -> Iterator[None]:
-    """FASTQ_KERNELS for a while. A captured graph keeps the kernels of its capture."""
-    before = os.environ.pop("FASTQ_KERNELS", None)
-    if name != "default":
-        os.environ["FASTQ_KERNELS"] = name
-    try:
-        yield
-    finally:
-        os.environ.pop("FASTQ_KERNELS", None)
-        if before is not None:
-            os.environ["FASTQ_KERNELS"] = before
-
-
 # As Int8Linear calls it.
 constant_weight_product = partial(fastq.int8_gemm, b_is_constant=True)
-
-
-def in_family(family: str, *args, **kwargs) -> None:
-    with kernel_family(family):
-        constant_weight_product(*args, **kwargs)
 
 
 def packed_product(a, sa, sb, data, *, shape, out):
@@ -145,13 +125,12 @@ INT8 = "int8 -> bfloat16"
 
 def ours(p: Problem, families: list[str], wanted: Wanted) -> dict[str, Case]:
     cases = {}
-    for family in families if p.device.type == "cuda" else ["default"]:
-        name = "fastq" if family == "default" else f"fastq[{family}]"
+    for family in families if p.device.type == "cuda" else [DEFAULT]:
+        name = label(family)
         if wanted(name):
             with kernel_family(family):
                 config = fastq.describe_int8_gemm(p.qx, p.qw.t(), b_is_constant=True)
-            is_default = family == "default"
-            product = constant_weight_product if is_default else partial(in_family, family)
+            product = in_family(family, constant_weight_product)
             cases[name] = p.rotate(product, p.int8, INT8, config)
     if p.device.type == "cuda" and p.M <= MAX_M_QUANTIZED and wanted(UNPROMISED):
         config = fastq.describe_int8_gemm(p.qx, p.qw.t())
