@@ -76,6 +76,23 @@ struct Sm90AttentionTraits {
   static_assert(kSmemBytes <= 227 * 1024);
 };
 
+template <class Traits>
+__device__ inline void set_barriers(typename Traits::Shared& shared) {
+  for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
+    for (auto& full : shared.full_q[stage]) full.init(1);
+    for (auto& empty : shared.empty_q[stage]) empty.init(1);
+  }
+  for (typename Traits::Ring* ring : {&shared.k_ring, &shared.v_ring, &shared.tile_ring}) {
+    for (auto& full : ring->full) full.init(1);
+  }
+  for (int stage = 0; stage < Traits::kStages; ++stage) {
+    shared.tiles[stage].overflowed = false;
+    shared.k_ring.empty[stage].init(Traits::kWarpgroups);
+    shared.v_ring.empty[stage].init(Traits::kWarpgroups);
+    shared.tile_ring.empty[stage].init(4 * Traits::kWarpgroups + 1);
+  }
+}
+
 struct Sm90AttentionParams {
   CUtensorMap q, k, v;
   CUtensorMap out;  // where stores_by_tma
