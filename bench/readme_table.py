@@ -180,6 +180,29 @@ def decode_tables(lines: list[Line]) -> list[str]:
     return [text, "", *table(head, texts)]
 
 
+def append_table(lines: list[Line]) -> list[str]:
+    """Microseconds of ours, into a 16- or 32-bit and an int8 cache, and of eager torch."""
+    cells: dict[tuple, dict[str, Line]] = {}
+    for line in lines:
+        shape = line["shape"]
+        heads = f"{shape['heads']} ({shape['heads_k']} of keys) × {shape['head_dim']}"
+        key = (line["dtype"], f"{shape['batch']} × {shape['seqlen']}", heads)
+        cells.setdefault(key, {})[line["implementation"]] = line
+    head = ["dtype", "batch × tokens", "heads × head_dim", "µs", "GB/s", "int8 µs", "torch µs"]
+    rows = [
+        [
+            *key,
+            microseconds(cases["fastq"]),
+            f"{cases['fastq']['rate']:,.0f}",
+            microseconds(cases[INT8]),
+            microseconds(cases["torch"]),
+            f"{cases['fastq']['ratio']:.2f}",
+        ]
+        for key, cases in cells.items()
+    ]
+    return ["`kv_append`, with rotation of q and k:", "", *table([*head, "× torch"], rows)]
+
+
 def read(folder: Path, op: str) -> list[Line]:
     path = folder / f"{op}.jsonl"
     return list(newest(path).values()) if path.exists() else []
@@ -187,9 +210,9 @@ def read(folder: Path, op: str) -> list[Line]:
 
 def section(folder: Path) -> list[str]:
     """The tables of one device."""
-    ops = ("int8_gemm", "flash_attention", "flash_decode", "quantize", "call_overhead")
-    gemm, attention, decode, quantize, overhead = (read(folder, op) for op in ops)
-    lines = gemm + attention + decode + quantize + overhead
+    ops = ("int8_gemm", "flash_attention", "flash_decode", "kv_append", "quantize", "call_overhead")
+    gemm, attention, decode, append, quantize, overhead = (read(folder, op) for op in ops)
+    lines = gemm + attention + decode + append + quantize + overhead
     if not lines:
         return []
     last = max(lines, key=lambda line: line["time"])
@@ -201,6 +224,8 @@ def section(folder: Path) -> list[str]:
         text += attention_table(attention)
     if decode:
         text += decode_tables(decode)
+    if append:
+        text += append_table(append)
     if quantize:
         head = ["bfloat16 rows × columns", "fastq µs", "GB/s", "eager torch µs", "× torch"]
         text += table(head, quantize_rows(quantize))
