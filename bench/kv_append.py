@@ -110,6 +110,8 @@ def main() -> None:
     results.add_shapes(parser, "kv_append")
     options = parser.parse_args()
     writer = results.writer(options, "kv_append")
+    if options.device == "cpu":
+        timing.keep_freed_memory()
     for sizes, tag in results.shapes(options):
         for dtype in DTYPES[writer.device.type]:
             run(writer, sizes, tag, options.rounds, dtype)
