@@ -23,7 +23,7 @@ __all__ = ["NOT_CAPTURED", "Calls", "Timing", "copies", "measure", "quantiles"]
 
 
 class Timing(NamedTuple):
-    """Microseconds a call."""
+    """Microseconds a call; the names are those of a line of results."""
 
     p10_us: float
     p50_us: float

@@ -98,18 +98,19 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> NativeBuild:
     return NativeBuild(root / "build", root / "prefix")
 
 
-def _commit() -> tuple[str, bool]:
+def _commit() -> tuple[str, bool | None]:
     """The commit under test and whether the tree differs from it: FASTQ_COMMIT and FASTQ_DIRTY, for
-    a tree that git does not know, or what git says."""
+    a tree that git does not know, or what git says; None where nothing tells."""
     if "FASTQ_COMMIT" in os.environ:
-        return os.environ["FASTQ_COMMIT"], os.environ.get("FASTQ_DIRTY", "0") == "1"
+        dirty = os.environ.get("FASTQ_DIRTY")
+        return os.environ["FASTQ_COMMIT"], None if dirty is None else dirty == "1"
     git = ["git", "-C", str(REPOSITORY)]
     try:
         ask = functools.partial(subprocess.check_output, text=True, stderr=subprocess.DEVNULL)
         commit = ask([*git, "rev-parse", "HEAD"]).strip()
         return commit, bool(ask([*git, "status", "--porcelain", "-uno"]).strip())
     except (OSError, subprocess.CalledProcessError):
-        return "unknown", False
+        return "unknown", None
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
