@@ -26,23 +26,29 @@ __device__ __forceinline__ void store_outputs_by_tma(const Sm90AttentionParams& 
   const uint32_t row = static_cast<uint32_t>(__cvta_generic_to_shared(panels)) + lane % 16 * 128;
   const uint32_t to = row + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
-  for (int j = 0; j < Traits::kHeadDim / 8; j += 2) {
-    uint32_t x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float* const y = o[j + i / 2] + i % 2 * 2;
-      x[i] = pack(y[0] * scale[i % 2], y[1] * scale[i % 2], T{});
-    }
-    store_matrices((to ^ (j % 8 << 4)) + j / 8 * sizeof(*panels), x);
-  }
-  cute::tma_store_fence();
-  __syncwarp();
-  if (lane != 0 || first >= tile.seqlen_q) return;
-#pragma unroll
   for (int i = 0; i < Traits::kPanels; ++i) {
-    cute::SM90_TMA_STORE_4D::copy(&params.out, panels[i], 64 * i, first, tile.head, tile.batch);
+    const int at = i % Traits::kOutputPanels;
+    if (i >= Traits::kOutputPanels) {  // when TMA has read what was there
+      if (lane == 0) cute::tma_store_wait<Traits::kOutputPanels - 1>();
+      __syncwarp();
+    }
+#pragma unroll
+    for (int j = 8 * i; j < 8 * i + 8 && j < Traits::kHeadDim / 8; j += 2) {
+      uint32_t x[4];
+#pragma unroll
+      for (int l = 0; l < 4; ++l) {
+        const float* const y = o[j + l / 2] + l % 2 * 2;
+        x[l] = pack(y[0] * scale[l % 2], y[1] * scale[l % 2], T{});
+      }
+      store_matrices((to ^ (j % 8 << 4)) + at * sizeof(*panels), x);
+    }
+    cute::tma_store_fence();
+    __syncwarp();
+    if (lane == 0 && first < tile.seqlen_q) {
+      cute::SM90_TMA_STORE_4D::copy(&params.out, panels[at], 64 * i, first, tile.head, tile.batch);
+      cute::tma_store_arrive();
+    }
   }
-  cute::tma_store_arrive();
 }
 
 // One store, which the compiler would take apart where registers do not lie as it needs them.

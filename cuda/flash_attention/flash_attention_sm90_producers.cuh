@@ -3,6 +3,7 @@
 
 #include <cutlass/arch/barrier.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -26,8 +27,6 @@ struct Sm90AttentionTile {
 // own.
 template <class T_, int kHeadDim_, int kTileN_, int kWarpgroups_, int kTeams_>
 struct Sm90AttentionTraits {
-  // A warpgroup leaves out one block at most.
-  static_assert(kTeams_ == 1 || (kWarpgroups_ == 2 && kTileN_ >= 64));
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kTileN = kTileN_;
   static constexpr int kWarpgroups = kWarpgroups_, kTeams = kTeams_;
@@ -38,8 +37,10 @@ struct Sm90AttentionTraits {
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kStages = 2;
-  // Four warpgroups hide one another's waits without.
-  static constexpr bool kTakesTurns = kTeams == 1;
+  // With few keys a block, warpgroups hide one another's waits without turns, and leave out a block
+  // that none of their own queries attends to: no more than one.
+  static constexpr bool kTakesTurns = kTileN > 64;
+  static_assert(kTakesTurns || (kWarpgroups == 2 && kTileN == 64));
 
   using QueryPanel = uint16_t[64][64];  // of a warpgroup
   using KeyPanel = uint16_t[kTileN][64];
@@ -54,10 +55,12 @@ struct Sm90AttentionTraits {
   // Two stages of q where they fit.
   static constexpr int kQueryStages =
       kTeams * (2 * kTileM + 2 * kStages * kTileN) * kPanels * 128 <= 225 * 1024 ? 2 : 1;
-  // Outputs have panels of their own where those fit too.
-  static constexpr bool kHasOutputPanels =
-      kTeams * ((kQueryStages + 1) * kTileM + 2 * kStages * kTileN) * kPanels * 128 <= 225 * 1024;
-  using WarpgroupPanels = OutputPanel[4][kPanels];
+  // Outputs have panels of their own, as many as fit.
+  static constexpr int kFreeBytes =
+      225 * 1024 - kTeams * (kQueryStages * kTileM + 2 * kStages * kTileN) * kPanels * 128;
+  static constexpr int kOutputPanels = std::min(kPanels, kFreeBytes / (kTeams * kTileM * 128));
+  static constexpr bool kHasOutputPanels = kOutputPanels > 0;
+  using WarpgroupPanels = OutputPanel[4][std::max(kOutputPanels, 1)];
   struct Nothing {};
   struct Ring {
     cutlass::arch::ClusterTransactionBarrier full[kStages];
