@@ -106,13 +106,15 @@ __device__ inline uint32_t vector_max(const Vector& v, uint32_t absmax) {
 }
 
 template <class Vector>
-__device__ inline void store_vector(const Vector& v, RowScale row, int8_t* q) {
+__device__ inline void store_vector(const Vector& v, const RowScale& row, int8_t* q) {
   constexpr int kSize = Vector::kSize;  // 4 or 8
-  struct alignas(kSize) Packed {
-    int8_t values[kSize];
-  } packed;
+  float x[kSize];
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) packed.values[i] = quantize_element(to_float(v.values[i]), row);
+  for (int i = 0; i < kSize; ++i) x[i] = to_float(v.values[i]);
+  struct alignas(kSize) Packed {
+    uint32_t words[kSize / 4];
+  } packed;
+  quantize_elements(x, row, packed.words);
   *reinterpret_cast<Packed*>(q) = packed;
 }
 

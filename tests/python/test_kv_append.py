@@ -82,6 +82,16 @@ def test_head_dims(head_dim, is_int8, kind):
 
 
 @each_kind
+@pytest.mark.parametrize("head_dim", [12, 64, 256])
+def test_many_heads(head_dim, kind):
+    """More than the rows that a block of threads has."""
+    for is_int8 in (False, True):
+        cache = empty_cache((3, 0), 33, head_dim, kind, capacity=3, is_int8=is_int8)
+        k, v, q = (random(2, 2, heads, head_dim, kind=kind, seed=heads) for heads in (33, 33, 99))
+        check(k, v, q=q, **cache, **tables(3, head_dim, kind))
+
+
+@each_kind
 def test_rotated_numbers_are_quantised_before_they_are_rounded(kind):
     """The scale has more digits than k's dtype."""
     cache = empty_cache((8,), 1, 32, kind, capacity=8, is_int8=True)
