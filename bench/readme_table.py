@@ -15,6 +15,7 @@ from . import int8_gemm_summary
 from .flash_decode import COPY, INT8
 from .int8_gemm_cases import BF16_MM, INT_MM, QLINEAR
 from .int8_gemm_summary import PACKED, QUANTIZED
+from .quantize import OPS as QUANTIZE_OPS
 from .results import REPOSITORY, RESULTS, newest
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -110,7 +111,7 @@ def gemm_tables(lines: list[Line]) -> list[str]:
 
 def quantize_rows(lines: list[Line]) -> list[list[str]]:
     rows = []
-    for op in ("quantize_per_token", "dequantize"):
+    for op in QUANTIZE_OPS:
         for shape, cases in by_shape([line for line in lines if line["op"] == op]).items():
             ours, theirs = cases["fastq"], cases["torch"]
             rows.append(

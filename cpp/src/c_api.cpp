@@ -147,6 +147,14 @@ fastq_status fastq_quantize_per_channel(const fastq_quantize_args* args) {
       [&] { fastq::quantize_per_channel(required(args, "quantize_per_channel: args")); });
 }
 
+fastq_status fastq_norm_quant(const fastq_norm_quant_args* args) {
+  return guarded([&] { fastq::norm_quant(required(args, "norm_quant: args")); });
+}
+
+fastq_status fastq_activation_quant(const fastq_activation_quant_args* args) {
+  return guarded([&] { fastq::activation_quant(required(args, "activation_quant: args")); });
+}
+
 fastq_status fastq_dequantize(const fastq_dequantize_args* args) {
   return guarded([&] { fastq::dequantize(required(args, "dequantize: args")); });
 }

@@ -51,11 +51,11 @@ __device__ inline void store_elements(T* to, const float (&x)[kCount]) {
 
 __device__ inline void store_quantized(int8_t* to, const float (&x)[4], const RowScale& scale) {
   uint32_t q[1];
-  quantize_elements(x, scale, q);
+  quantize_elements<RowRounding::kSymmetric, true>(x, scale, q);
   *reinterpret_cast<uint32_t*>(to) = q[0];
 }
 __device__ inline void store_quantized(int8_t* to, const float (&x)[1], const RowScale& scale) {
-  *to = quantize_element(x[0], scale);
+  *to = quantize_element<RowRounding::kSymmetric, true>(x[0], scale);
 }
 
 // kVector elements are read at a time, kLanes lanes have a row, and a thread some of kRows rows.

@@ -1,6 +1,6 @@
 // The scale of a row, and its elements by that scale.
 //
-// The absmax is taken over the bits of |x|, as unsigned integers: their order is that of the
+// Extremes are taken over the bits of |x|, as unsigned integers: their order is that of the
 // numbers, with Inf above all and NaN above Inf, so neither is lost as fmaxf would lose a NaN.
 //
 // q = round_half_even(x / scale) takes the quotient correctly rounded to float32, as IEEE's
@@ -8,6 +8,8 @@
 // place, and y + (x - y scale) / scale is then the correctly rounded one (Markstein, 1990): five
 // instructions with the first rounding of q, where a division takes ten and a branch. Scales near
 // the ends of the exponents' range are brought to its middle first, and the elements with them.
+// Elements that have just been computed, with last bits of their own, are spared that: of them q is
+// the product with the reciprocal, rounded.
 #pragma once
 
 #include <cfloat>
@@ -22,30 +24,100 @@ struct RowScale {
   float lift;                            // a power of two, by which elements are multiplied first
   float divisor, inverse, inverse_rest;  // scale * lift, and 1 / (scale * lift) in two parts
   uint32_t kept;                         // no bits of q, where the scale is not finite
+  int zero_point;
+  float low, high;  // of lifted elements in a static row: what is beyond is clamped
 };
 
-__device__ inline RowScale row_scale(uint32_t absmax_bits) {
-  const float absmax = __uint_as_float(absmax_bits);
-  RowScale row;
-  row.scale = absmax_bits == 0 ? 1.0f : fmaxf(__fdiv_rn(absmax, 127.0f), FLT_MIN);
-  row.kept = absmax_bits < 0x7f800000u ? 0xffffffffu : 0u;
-  if (row.kept == 0) row.scale = absmax;
-  row.lift = row.scale < 0x1p-60f ? 0x1p64f : row.scale > 0x1p60f ? 0x1p-64f : 1.0f;
-  row.divisor = row.scale * row.lift;
-  row.inverse = __frcp_rn(row.divisor);
+__device__ inline float approximate_reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Rounded to nearest, of normal numbers up to 2^125.
+__device__ inline float reciprocal(float x) {
+  const float near = approximate_reciprocal(x);
+  return __fmaf_rn(near, __fmaf_rn(-x, near, 1.0f), near);
+}
+
+// absmax / 127, correctly rounded.
+__device__ inline float over_127(float absmax) {
+  constexpr float kInverse = 1 / 127.0f;
+  if (absmax < 0x1p-80f) return __fdiv_rn(absmax, 127.0f);
+  const float near = __fmul_rn(absmax, kInverse);
+  return __fmaf_rn(__fmaf_rn(-near, 127.0f, absmax), kInverse, near);
+}
+
+__device__ inline RowScale row_with_scale(float scale) {
+  RowScale row{};
+  row.scale = scale;
+  row.kept = abs_bits(scale) < 0x7f800000u ? 0xffffffffu : 0u;
+  row.lift = scale < 0x1p-60f ? 0x1p64f : scale > 0x1p60f ? 0x1p-64f : 1.0f;
+  row.divisor = scale * row.lift;
+  row.inverse = reciprocal(row.divisor);
   row.inverse_rest = row.inverse * __fmaf_rn(-row.divisor, row.inverse, 1.0f);
   return row;
 }
 
-// q in the lowest byte, of an element that has been lifted and is no larger than the row's absmax.
+// Symmetric. fmaxf would turn a NaN into FLT_MIN.
+__device__ inline RowScale row_scale(uint32_t absmax_bits) {
+  const float absmax = __uint_as_float(absmax_bits);
+  const bool is_finite = absmax_bits < 0x7f800000u;
+  return row_with_scale(absmax_bits == 0 ? 1.0f
+                        : is_finite      ? fmaxf(over_127(absmax), FLT_MIN)
+                                         : absmax);
+}
+
+__device__ inline RowScale static_scale(float scale, const int* zero_point) {
+  RowScale row = row_with_scale(scale);
+  if (zero_point != nullptr) row.zero_point = *zero_point;
+  const int low = zero_point != nullptr ? -128 : -127;
+  row.low = row.divisor * static_cast<float>(low - row.zero_point);
+  row.high = row.divisor * static_cast<float>(127 - row.zero_point);
+  return row;
+}
+
+// Asymmetric, of the magnitudes of the largest and of the smallest element, each 0 where all are on
+// the other side.
+__device__ inline RowScale row_scale(uint32_t high_bits, uint32_t low_bits) {
+  const uint32_t most = max(high_bits, low_bits);
+  if (most == 0 || most >= 0x7f800000u) {
+    RowScale row = row_with_scale(most == 0 ? 1.0f : __uint_as_float(most));
+    row.zero_point = most == 0 ? -128 : 0;
+    return row;
+  }
+  const float high = __uint_as_float(high_bits), low = -__uint_as_float(low_bits);
+  const float range = __fsub_rn(__fdiv_rn(high, 255.0f), __fdiv_rn(low, 255.0f));
+  RowScale row = row_with_scale(fmaxf(range, FLT_MIN));
+  const int first = __float2int_rn(__fsub_rn(-128.0f, __fdiv_rn(low, row.scale)));
+  row.zero_point = min(max(first, -128), 127);
+  return row;
+}
+
+__device__ inline float quotient(float lifted, const RowScale& row) {
+  const float near = __fmaf_rn(lifted, row.inverse, __fmul_rn(lifted, row.inverse_rest));
+  return __fmaf_rn(__fmaf_rn(-near, row.divisor, lifted), row.inverse, near);
+}
+
+// How a row is rounded: by a symmetric scale of its own, by an asymmetric one of its own, or by a
+// static one of either kind, out of whose range elements may be.
+enum class RowRounding { kSymmetric, kAsymmetric, kStatic };
+
+// q in the lowest byte, of an element that has been lifted.
+template <RowRounding kRounding, bool kExact>
 __device__ inline uint32_t quantized_bits(float x, const RowScale& row) {
-  const float near = __fmaf_rn(x, row.inverse, __fmul_rn(x, row.inverse_rest));
-  const float quotient = __fmaf_rn(__fmaf_rn(-near, row.divisor, x), row.inverse, near);
-  return __float_as_uint(__fadd_rn(quotient, 0x1.8p23f));  // whose last bit is 1
+  constexpr float kRounder = 0x1.8p23f;  // whose last bit is 1: a sum with it is a whole number
+  const float clamped = kRounding == RowRounding::kStatic ? fminf(fmaxf(x, row.low), row.high) : x;
+  const uint32_t bits = __float_as_uint(kExact ? __fadd_rn(quotient(clamped, row), kRounder)
+                                               : __fmaf_rn(clamped, row.inverse, kRounder));
+  if (kRounding == RowRounding::kSymmetric) return bits;
+  // The largest element of a row may be 128: zero_point and its quotient may both be rounded up.
+  const int q = min(static_cast<int>(bits - __float_as_uint(kRounder)) + row.zero_point, 127);
+  return static_cast<uint32_t>(kRounding == RowRounding::kStatic && x != x ? -128 : q);
 }
 
 // Elements to q, four in a word.
-template <int kCount>
+template <RowRounding kRounding, bool kExact, int kCount>
 __device__ inline void quantize_elements(const float (&elements)[kCount], const RowScale& row,
                                          uint32_t (&q)[kCount / 4]) {
   static_assert(kCount % 4 == 0);
@@ -60,15 +132,16 @@ __device__ inline void quantize_elements(const float (&elements)[kCount], const 
   for (int i = 0; i < kCount; i += 4) {
     uint32_t bits[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) bits[j] = quantized_bits(x[i + j], row);
+    for (int j = 0; j < 4; ++j) bits[j] = quantized_bits<kRounding, kExact>(x[i + j], row);
     const uint32_t low = __byte_perm(bits[0], bits[1], 0x0040);
     const uint32_t high = __byte_perm(bits[2], bits[3], 0x0040);
     q[i / 4] = __byte_perm(low, high, 0x5410) & row.kept;
   }
 }
 
+template <RowRounding kRounding, bool kExact>
 __device__ inline int8_t quantize_element(float x, const RowScale& row) {
-  return static_cast<int8_t>(quantized_bits(x * row.lift, row) & row.kept);
+  return static_cast<int8_t>(quantized_bits<kRounding, kExact>(x * row.lift, row) & row.kept);
 }
 
 }  // namespace fastq::cuda

@@ -16,11 +16,18 @@ from .ops import (  # noqa: E402
     get_num_threads,
     int8_gemm,
     pack_weight,
-    quantize_per_channel,
-    quantize_per_token,
     set_num_threads,
 )
 from .quantization import quantize  # noqa: E402
+from .quantize_ops import (  # noqa: E402
+    gelu_quant,
+    layer_norm_quant,
+    quantize_per_channel,
+    quantize_per_token,
+    relu_quant,
+    rms_norm_quant,
+    silu_mul_quant,
+)
 
 __version__ = _version()
 
@@ -31,13 +38,18 @@ __all__ = [
     "describe_int8_gemm",
     "flash_attention",
     "flash_decode",
+    "gelu_quant",
     "get_num_threads",
     "int8_gemm",
     "kv_append",
+    "layer_norm_quant",
     "nn",
     "pack_weight",
     "quantize",
     "quantize_per_channel",
     "quantize_per_token",
+    "relu_quant",
+    "rms_norm_quant",
     "set_num_threads",
+    "silu_mul_quant",
 ]

@@ -57,8 +57,42 @@ def int8_gemm_candidates(
     b_is_constant: bool,
 ) -> str: ...
 def pack_weight(b: Tensor) -> Tensor: ...
-def quantize_per_token(x: Tensor, q: Tensor, scale: Tensor, rotation: int) -> None: ...
+def quantize_per_token(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    rotation: int,
+    smooth: Tensor | None,
+    zero_point: Tensor | None,
+    is_static: bool,
+) -> None: ...
 def quantize_per_channel(w: Tensor, q: Tensor, scale: Tensor, rotation: int) -> None: ...
+def norm_quant(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    rotation: int,
+    smooth: Tensor | None,
+    zero_point: Tensor | None,
+    is_static: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_out: Tensor | None,
+    norm: str,
+    eps: float,
+) -> None: ...
+def activation_quant(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    rotation: int,
+    smooth: Tensor | None,
+    zero_point: Tensor | None,
+    is_static: bool,
+    up: Tensor | None,
+    activation: str | None,
+) -> None: ...
 def dequantize(q: Tensor, scale: Tensor, out: Tensor) -> None: ...
 def flash_attention(
     q: Tensor,

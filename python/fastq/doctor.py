@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import __version__, distributions, ops
+from .quantize_ops import quantize_per_channel, quantize_per_token
 
 # In a checkout of fastq.
 _REBUILD = "pip install --force-reinstall --no-deps ."
@@ -165,9 +166,9 @@ def _kernels(device: str, library: dict[str, Any]) -> dict[str, str]:
     torch.manual_seed(0)
     x = torch.randn(5, 33)
     weight = torch.randint(-127, 128, (17, 33), dtype=torch.int8)
-    q, s = (t.cpu() for t in ops.quantize_per_token(x.to(device)))
+    q, s = (t.cpu() for t in quantize_per_token(x.to(device)))
     _expect("quantize_per_token", q, (x / s).round().to(torch.int8))
-    q_weight, s_weight = (t.cpu() for t in ops.quantize_per_channel(x.to(device)))
+    q_weight, s_weight = (t.cpu() for t in quantize_per_channel(x.to(device)))
     _expect("quantize_per_channel", q_weight, (x / s_weight[:, None]).round().to(torch.int8))
     back = ops.dequantize(q.to(device), s.to(device), out_dtype=torch.float32)
     _expect("dequantize", back.cpu(), q.float() * s)

@@ -7,14 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops import (
-    PackedWeight,
-    check_rotation,
-    int8_gemm,
-    pack_weight,
-    quantize_per_channel,
-    quantize_per_token,
-)
+from .ops import PackedWeight, int8_gemm, pack_weight
+from .quantize_ops import check_rotation, quantize_per_channel, quantize_per_token
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""The ops on torch tensors: INT8 GEMM, quantisation and dequantisation.
+"""The ops on torch tensors: INT8 GEMM and dequantisation; what is common to all of them.
 
 Each op is a torch custom op (:mod:`fastq.torch_library`), so ``torch.compile`` and CUDA graphs take
 it; the functions here check what the native library cannot see (autograd), allocate outputs and
@@ -23,10 +23,6 @@ from .torch_library import (
     gemm_shape,
     int8_gemm_op,
     int8_gemm_out_op,
-    quantize_per_channel_kernel,
-    quantize_per_channel_op,
-    quantize_per_token_kernel,
-    quantize_per_token_op,
 )
 
 _OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int8)
@@ -36,7 +32,6 @@ _OPTIONAL_ARGS = frozenset(
     ("sa", "sb", "bias", "out", "residual", "zero_point", "column_sums", "out_scale")
 )
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ROTATIONS = (0, 2, 4, 8, 16, 32)
 
 
 class PackedWeight(NamedTuple):
@@ -103,23 +98,6 @@ def _check_dtype(op: str, dtype: Any, allowed: tuple[torch.dtype, ...]) -> None:
 def _check_out_dtype(op: str, out: Any, out_dtype: torch.dtype | None) -> None:
     if out_dtype is not None and isinstance(out, Tensor) and out_dtype != out.dtype:
         raise TypeError(f"{op}: out has dtype {out.dtype}, expected out_dtype = {out_dtype}")
-
-
-def check_rotation(op: str, rotation: Any) -> None:
-    """Raises unless `rotation` is one that :func:`quantize_per_token` takes."""
-    if not isinstance(rotation, int):
-        raise TypeError(f"{op}: rotation is a {type(rotation).__name__}, expected an int")
-    if rotation not in _ROTATIONS:
-        raise ValueError(f"{op}: rotation is {rotation}, expected 0, 2, 4, 8, 16 or 32")
-
-
-def _check_rotation_of(op: str, name: str, x: Tensor, rotation: Any) -> None:
-    check_rotation(op, rotation)
-    if x.shape[-1] % rotation != 0:
-        raise ValueError(
-            f"{op}: {name} has shape {tuple(x.shape)}, expected a last size that is a multiple of "
-            f"rotation = {rotation}"
-        )
 
 
 def _as_scale(value: Tensor | float | None, like: Tensor) -> Tensor | None:
@@ -304,68 +282,6 @@ def pack_weight(b: Tensor) -> PackedWeight:
     check_tensors("pack_weight", b=b)
     data = _core.pack_weight(b)
     return PackedWeight(data, b.shape[0], b.shape[1])
-
-
-def quantize_per_token(x: Tensor, *, rotation: int = 0) -> tuple[Tensor, Tensor]:
-    """Symmetric INT8 quantisation with one dynamic scale per token (row of the last dimension).
-
-    ``s = absmax / 127`` (1 for a row of zeros), ``q = round_half_even(x / s)`` within +-127. A row
-    with a NaN or an Inf gets that scale and ``q = 0``, so what follows shows NaN.
-
-    With a rotation R, each R consecutive elements of a row are first replaced, in float32, by
-    their product with the Hadamard matrix of order R (Sylvester's, entries +-1)::
-
-        H[1] = [1],  H[2n] = [[H[n], H[n]], [H[n], -H[n]]]
-        x[R*i : R*(i+1)] = x[R*i : R*(i+1)] @ H[R]
-
-    which spreads an outlier over its block, so that it costs the rest of the row less precision.
-    ``H @ H == R * I``: where x and w were both rotated, ``x @ w.t()`` is R times what it was, and
-    ``s / R`` as the scale of one of them brings the plain product back. Rotated values that
-    overflow float32 count as Inf.
-
-    Args:
-        x: float32, float16 or bfloat16 ``(..., K)``, any strides.
-        rotation: 0 (none), 2, 4, 8, 16 or 32; K is a multiple of it.
-
-    Returns:
-        ``q`` int8 like x (contiguous) and ``s`` float32 ``x.shape[:-1] + (1,)``.
-
-    Raises:
-        ValueError, TypeError: as :func:`int8_gemm`; another rotation, or one that does not divide
-            K.
-
-    Source: ZeroQuant (Yao et al., 2022), token-wise quantisation; QuaRot (Ashkboos et al., 2024),
-    Hadamard rotation, here in blocks.
-    """
-    check_tensors("quantize_per_token", x=x)
-    if x.dim() < 1:
-        raise ValueError("quantize_per_token: x has shape (), expected (..., K)")
-    if rotation != 0:
-        _check_rotation_of("quantize_per_token", "x", x, rotation)
-    return (quantize_per_token_kernel if is_direct(x) else quantize_per_token_op)(x, rotation)
-
-
-def quantize_per_channel(w: Tensor, *, rotation: int = 0) -> tuple[Tensor, Tensor]:
-    """Symmetric INT8 quantisation of a weight with one scale per output channel (row).
-
-    Args:
-        w: float32, float16 or bfloat16 ``(N, K)``, any strides, as ``nn.Linear.weight``.
-        rotation: of the rows, as in :func:`quantize_per_token`, which rotates x to match: pass
-            ``s / rotation`` to :func:`int8_gemm`.
-
-    Returns:
-        ``q`` int8 ``(N, K)`` (contiguous) and ``s`` float32 ``(N,)``; ``q.t()`` and ``s`` are what
-        :func:`int8_gemm` takes as ``b`` and ``sb``.
-
-    Raises:
-        ValueError, TypeError: as :func:`int8_gemm`.
-    """
-    check_tensors("quantize_per_channel", w=w)
-    if w.dim() != 2:
-        raise ValueError(f"quantize_per_channel: w has shape {tuple(w.shape)}, expected (N, K)")
-    if rotation != 0:
-        _check_rotation_of("quantize_per_channel", "w", w, rotation)
-    return (quantize_per_channel_kernel if is_direct(w) else quantize_per_channel_op)(w, rotation)
 
 
 def dequantize(

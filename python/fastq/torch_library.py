@@ -1,7 +1,7 @@
 """The torch custom ops of the namespace ``fastq``: schemas, kernels and fake kernels.
 
 Arguments are checked by the native library; what it cannot see, and the public functions, are in
-:mod:`fastq.ops`.
+:mod:`fastq.ops` and its neighbours.
 """
 
 from __future__ import annotations
@@ -28,6 +28,16 @@ _library.define(
     f"SymInt[]? packed_shape, bool b_is_constant, Tensor(a!) out, {_OPTIONS}) -> ()"
 )
 _library.define("quantize_per_token(Tensor x, int rotation=0) -> (Tensor, Tensor)")
+# Their results are q, then s and zero_point as far as the call computes them, then the residual.
+_QUANTIZATION = "Tensor? smooth, int rotation, Tensor? scale, Tensor? zero_point, bool asymmetric"
+_library.define(f"quantize_per_token.options(Tensor x, {_QUANTIZATION}) -> Tensor[]")
+_library.define(
+    "norm_quant(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, str norm, float eps, "
+    f"{_QUANTIZATION}) -> Tensor[]"
+)
+_library.define(
+    f"activation_quant(Tensor x, Tensor? up, str activation, {_QUANTIZATION}) -> Tensor[]"
+)
 _library.define("quantize_per_channel(Tensor w, int rotation=0) -> (Tensor, Tensor)")
 _library.define("dequantize(Tensor q, Tensor s, ScalarType out_dtype) -> Tensor")
 _library.define("dequantize.out(Tensor q, Tensor s, Tensor(a!) out) -> ()")
@@ -98,21 +108,76 @@ def _int8_gemm_fake(a, b, sa, sb, bias, out_dtype, packed_shape, b_is_constant, 
     return a.new_empty(shape, dtype=out_dtype)
 
 
-def _quantize(entry, x, rotation):
+def quantize_per_token_kernel(x, rotation=0):
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    per_token = entry is _core.quantize_per_token
-    shape = (*x.shape[:-1], 1) if per_token else x.shape[:-1]
-    s = torch.empty(shape, dtype=torch.float32, device=x.device)
-    entry(x, q, s, rotation)
+    s = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    _core.quantize_per_token(x, q, s, rotation, None, None, False)
     return q, s
 
 
-def quantize_per_token_kernel(x, rotation=0):
-    return _quantize(_core.quantize_per_token, x, rotation)
-
-
 def quantize_per_channel_kernel(w, rotation=0):
-    return _quantize(_core.quantize_per_channel, w, rotation)
+    q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    s = torch.empty(w.shape[:-1], dtype=torch.float32, device=w.device)
+    _core.quantize_per_channel(w, q, s, rotation)
+    return q, s
+
+
+def _quantize(entry, x, options, *arguments, residual_out=None):
+    """Calls a native op that quantises; what it writes, as the schemas say."""
+    smooth, rotation, scale, zero_point, asymmetric = options
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    written = [q]
+    is_static = scale is not None
+    if not is_static:
+        scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+        written.append(scale)
+        if asymmetric:
+            zero_point = torch.empty(scale.shape, dtype=torch.int32, device=x.device)
+            written.append(zero_point)
+    entry(x, q, scale, rotation, smooth, zero_point, is_static, *arguments)
+    if residual_out is not None:
+        written.append(residual_out)
+    return written
+
+
+def _quantize_fake(x, options, residual=None):
+    _, _, scale, _, asymmetric = options
+    dtypes = [torch.int8]
+    if scale is None:
+        dtypes += [torch.float32, torch.int32] if asymmetric else [torch.float32]
+    written = [
+        x.new_empty(x.shape if i == 0 else (*x.shape[:-1], 1), dtype=dtype)
+        for i, dtype in enumerate(dtypes)
+    ]
+    return written if residual is None else [*written, x.new_empty(x.shape)]
+
+
+def quantize_per_token_options_kernel(x, *options):
+    return _quantize(_core.quantize_per_token, x, options)
+
+
+def _quantize_per_token_options_fake(x, *options):
+    return _quantize_fake(x, options)
+
+
+def norm_quant_kernel(x, weight, bias, residual, norm, eps, *options):
+    out = None
+    if residual is not None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    arguments = (weight, bias, residual, out, norm, eps)
+    return _quantize(_core.norm_quant, x, options, *arguments, residual_out=out)
+
+
+def _norm_quant_fake(x, weight, bias, residual, norm, eps, *options):
+    return _quantize_fake(x, options, residual)
+
+
+def activation_quant_kernel(x, up, activation, *options):
+    return _quantize(_core.activation_quant, x, options, up, activation)
+
+
+def _activation_quant_fake(x, up, activation, *options):
+    return _quantize_fake(x, options)
 
 
 def _quantize_per_token_fake(x, rotation=0):
@@ -228,6 +293,13 @@ for _name, _kernel, _fake in (
     ("int8_gemm", _int8_gemm, _int8_gemm_fake),
     ("int8_gemm.out", _int8_gemm_out, lambda *args: None),
     ("quantize_per_token", quantize_per_token_kernel, _quantize_per_token_fake),
+    (
+        "quantize_per_token.options",
+        quantize_per_token_options_kernel,
+        _quantize_per_token_options_fake,
+    ),
+    ("norm_quant", norm_quant_kernel, _norm_quant_fake),
+    ("activation_quant", activation_quant_kernel, _activation_quant_fake),
     ("quantize_per_channel", quantize_per_channel_kernel, _quantize_per_channel_fake),
     ("dequantize", dequantize_kernel, _dequantize_fake),
     ("dequantize.out", dequantize_out_kernel, lambda *args: None),
@@ -245,6 +317,9 @@ for _name, _kernel, _fake in (
 int8_gemm_op = torch.ops.fastq.int8_gemm.default
 int8_gemm_out_op = torch.ops.fastq.int8_gemm.out
 quantize_per_token_op = torch.ops.fastq.quantize_per_token.default
+quantize_per_token_options_op = torch.ops.fastq.quantize_per_token.options
+norm_quant_op = torch.ops.fastq.norm_quant.default
+activation_quant_op = torch.ops.fastq.activation_quant.default
 quantize_per_channel_op = torch.ops.fastq.quantize_per_channel.default
 dequantize_op = torch.ops.fastq.dequantize.default
 dequantize_out_op = torch.ops.fastq.dequantize.out

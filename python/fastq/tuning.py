@@ -24,6 +24,7 @@ from rich.text import Text
 
 from . import __version__, _core, ops
 from .graph_timer import NOT_CAPTURED, GraphTimer, sample_in_turns
+from .quantize_ops import quantize_per_channel, quantize_per_token
 
 # Every candidate is timed coarsely, the best of them and the heuristic's choice finely.
 COARSE_ROUNDS, FINE_ROUNDS, FINALISTS = 3, 25, 4
@@ -149,7 +150,7 @@ class _Problem:
         M, N, K = shape
         generator = torch.Generator(device=device.device).manual_seed(0)
         x, w = (torch.randn(rows, K, generator=generator, device=device.device) for rows in (M, N))
-        (a, sa), (b, sb) = ops.quantize_per_token(x), ops.quantize_per_channel(w)
+        (a, sa), (b, sb) = quantize_per_token(x), quantize_per_channel(w)
         del x, w
         out = torch.empty(M, N, dtype=torch.bfloat16, device=device.device)
         bytes_each = sum(t.nbytes for t in (a, b, out))

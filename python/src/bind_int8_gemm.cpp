@@ -23,21 +23,6 @@ struct Operands {
   py::handle residual, activation, zero_point, column_sums, out_scale;
 };
 
-int32_t activation_of(py::handle name) {
-  if (name.is_none()) return FASTQ_ACTIVATION_NONE;
-  const std::pair<const char*, fastq_activation> known[] = {
-      {"relu", FASTQ_ACTIVATION_RELU},
-      {"gelu", FASTQ_ACTIVATION_GELU},
-      {"gelu_tanh", FASTQ_ACTIVATION_GELU_TANH},
-      {"silu", FASTQ_ACTIVATION_SILU}};
-  const std::string text = py::str(name);
-  for (const auto& [known_name, value] : known) {
-    if (text == known_name) return value;
-  }
-  throw py::value_error("int8_gemm: activation is " + text +
-                        ", expected None, relu, gelu, gelu_tanh or silu");
-}
-
 void fill(Call& call, const Operands& from) {
   const char* op = "int8_gemm";
   call.b.struct_size = sizeof(call.b);
@@ -61,7 +46,7 @@ void fill(Call& call, const Operands& from) {
   call.args.zero_point = view_of(from.zero_point, op, "zero_point");
   call.args.residual = view_of(from.residual, op, "residual");
   call.args.out_scale = view_of(from.out_scale, op, "out_scale");
-  call.args.activation = activation_of(from.activation);
+  call.args.activation = activation_of(from.activation, op);
 }
 
 void run(const Operands& operands) {

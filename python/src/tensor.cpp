@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "dlpack.hpp"
 
@@ -264,6 +265,21 @@ fastq_dtype dtype_of(py::handle torch_dtype) {
     if (torch_dtype.is(torch().dtypes[i])) return static_cast<fastq_dtype>(i);
   }
   return FASTQ_DTYPE_NONE;
+}
+
+fastq_activation activation_of(py::handle name, const char* op) {
+  if (name.is_none()) return FASTQ_ACTIVATION_NONE;
+  const std::pair<const char*, fastq_activation> known[] = {
+      {"relu", FASTQ_ACTIVATION_RELU},
+      {"gelu", FASTQ_ACTIVATION_GELU},
+      {"gelu_tanh", FASTQ_ACTIVATION_GELU_TANH},
+      {"silu", FASTQ_ACTIVATION_SILU}};
+  const std::string text = py::str(name);
+  for (const auto& [known_name, value] : known) {
+    if (text == known_name) return value;
+  }
+  throw py::value_error(std::string(op) + ": activation is " + text +
+                        ", expected None, relu, gelu, gelu_tanh or silu");
 }
 
 py::object allocate(const int64_t* sizes, int rank, fastq_dtype dtype, py::handle like) {

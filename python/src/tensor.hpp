@@ -43,6 +43,9 @@ struct TorchWorkspace {
 // The fastq_dtype of a torch.dtype; FASTQ_DTYPE_NONE when there is none.
 fastq_dtype dtype_of(py::handle torch_dtype);
 
+// The fastq_activation of a name such as "silu"; None is none.
+fastq_activation activation_of(py::handle name, const char* op);
+
 // Whether a kernel may be called directly, past torch's dispatcher: each tensor is a plain
 // torch.Tensor (or None) that asks for no gradient, the first has memory, and no probe finds a
 // mode. The dispatcher costs as much as all the rest of a small call and does nothing for such a

@@ -79,6 +79,31 @@ class QuantizeArgs(ctypes.Structure):
         ("scale", Tensor),
         ("stream", ctypes.c_void_p),
         ("rotation", ctypes.c_int32),
+        ("is_static", ctypes.c_int32),
+        ("zero_point", Tensor),
+        ("smooth", Tensor),
+    )
+
+
+class NormQuantArgs(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("quantize", ctypes.POINTER(QuantizeArgs)),
+        ("weight", Tensor),
+        ("bias", Tensor),
+        ("residual", Tensor),
+        ("residual_out", Tensor),
+        ("eps", ctypes.c_float),
+        ("norm", ctypes.c_int32),
+    )
+
+
+class ActivationQuantArgs(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("quantize", ctypes.POINTER(QuantizeArgs)),
+        ("up", Tensor),
+        ("activation", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
     )
 

@@ -107,7 +107,9 @@ def activate(y: np.ndarray, activation: str) -> np.ndarray:
     """The formula in float64, without its cancellations: each result to nearly all its digits."""
     y = y.astype(np.float64)
     if activation == "gelu":
-        phi = np.array([math.erfc(-v / math.sqrt(2)) / 2 for v in y.ravel()]).reshape(y.shape)
+        phi = torch.special.erfc(torch.from_numpy(y / -math.sqrt(2))).numpy() / 2
+    elif activation == "relu":
+        return np.where(y < 0, 0, y)
     else:
         inner = np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)
         exponent = {"silu": y, "gelu_tanh": 2 * inner}[activation]
@@ -170,6 +172,98 @@ def quantize_floats(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ratio = np.where(finite[..., None], values / s[..., None], np.float32(0))
     assert ratio.dtype == np.float32
     return np.clip(np.rint(ratio), -127, 127).astype(np.int8), s
+
+
+def quantize_with(
+    values: np.ndarray,
+    *,
+    smooth: torch.Tensor | None = None,
+    rotation: int = 0,
+    scale: float | None = None,
+    zero_point: int | None = None,
+    asymmetric: bool = False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """float32 numbers (..., K) -> q, s (...,) and, where asymmetric, zero_point (...,)."""
+    y = prepare(values, smooth, rotation)
+    assert y.dtype == np.float32
+    with np.errstate(all="ignore"):
+        if scale is not None:
+            s, z = np.float32(scale), np.float32(zero_point or 0)
+            q = np.clip(np.rint(y / s) + z, -127 if zero_point is None else -128, 127)
+            q = np.where(np.isnan(q), np.float32(-128), q)
+            return q.astype(np.int8), s, None if zero_point is None else z.astype(np.int32)
+        if not asymmetric:
+            return *quantize_floats(y), None
+        low, high = y.min(axis=-1, initial=0), y.max(axis=-1, initial=0)  # both keep NaN
+        absmax = np.maximum(-low, high)
+        finite = np.isfinite(absmax)
+        s = np.maximum(high / np.float32(255) - low / np.float32(255), FLT_MIN)
+        s = np.where(absmax == 0, np.float32(1), np.where(finite, s, absmax))
+        z = np.clip(np.rint(np.float32(-128) - low / s), -128, 127)
+        z = np.where(finite, z, np.float32(0))
+        q = np.clip(np.rint(y / s[..., None]) + z[..., None], -128, 127)
+        assert s.dtype == z.dtype == q.dtype == np.float32
+        return np.where(finite[..., None], q, 0).astype(np.int8), s, z.astype(np.int32)
+
+
+def prepare(values: np.ndarray, smooth: torch.Tensor | None, rotation: int) -> np.ndarray:
+    """What is quantised of `values`, in their own precision: smoothed, then rotated."""
+    with np.errstate(all="ignore"):
+        if smooth is not None:
+            values = values * (values.dtype.type(1) / to_numpy(smooth).reshape(-1))
+    return rotate(values, rotation) if rotation else values
+
+
+def normalize(h: np.ndarray, weight, bias, eps: float, *, is_layer_norm: bool) -> np.ndarray:
+    """RMSNorm or LayerNorm of the last dimension in float64."""
+    h = h.astype(np.float64)
+    if is_layer_norm:
+        h = h - h.mean(axis=-1, keepdims=True)
+    y = h / np.sqrt((h * h).mean(axis=-1, keepdims=True) + eps)
+    y = y if weight is None else y * to_numpy(weight).astype(np.float64).reshape(-1)
+    return y if bias is None else y + to_numpy(bias).astype(np.float64).reshape(-1)
+
+
+def assert_quantizes(
+    got: tuple[torch.Tensor, ...],
+    y: np.ndarray,
+    tolerance: float,
+    *,
+    smooth: torch.Tensor | None = None,
+    rotation: int = 0,
+    scale: float | None = None,
+    zero_point: int | None = None,
+    asymmetric: bool = False,
+) -> None:
+    """q, s and, where asymmetric, zero_point are those of float64 numbers y, which the op knows but
+    for `tolerance`, as a part of their row's largest one: q is the nearest one there is."""
+    q, s, *z = (to_numpy(t) for t in got)
+    y = prepare(y, smooth, rotation)
+    is_static, asymmetric = scale is not None, asymmetric or zero_point is not None
+    assert q.shape == y.shape
+    assert q.dtype == np.int8
+    assert s.shape == (() if is_static else (*y.shape[:-1], 1))
+    assert len(z) == asymmetric
+    low, high = y.min(axis=-1, keepdims=True), y.max(axis=-1, keepdims=True)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    absmax = np.maximum(-low, high)
+    zero = np.float64(z[0]) if z else np.float64(0)
+    if is_static:
+        assert s == np.float32(scale)
+        assert not z or zero == zero_point
+    else:
+        wanted = (high - low) / 255 if asymmetric else absmax / 127
+        error = np.abs(s - np.where(absmax == 0, 1, np.maximum(wanted, FLT_MIN)))
+        assert (error <= 2 * tolerance * wanted).all(), f"s is off by {(error / wanted).max()}"
+        if asymmetric:
+            assert z[0].shape == s.shape
+            assert (np.abs(zero - (-128 - low / s)) <= 0.5 + 512 * tolerance).all()
+    least = -128 if asymmetric else -127
+    nearest = np.clip(y, (least - zero) * s.astype(np.float64), (127 - zero) * s.astype(np.float64))
+    error = np.abs((q - zero) * s.astype(np.float64) - nearest) - tolerance * absmax
+    # A whole float32 division is left to the op: its rounding counts next to a tie.
+    steps = (error / s - (0.5 + 255 * 2.0**-23)).max(initial=0)
+    assert steps <= 0, f"q is {0.5 + steps} steps from what it stands for"
 
 
 def dequantize(

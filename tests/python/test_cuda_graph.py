@@ -68,6 +68,30 @@ def test_replay_of_a_linear_layer(dtype, rotation):
             assert torch.equal(result, expected)
 
 
+QUANTIZING = {
+    "quantize_per_token": lambda x, other: fastq.quantize_per_token(x, asymmetric=True),
+    "rms_norm_quant": lambda x, other: fastq.rms_norm_quant(x, residual=other),
+    "layer_norm_quant": lambda x, other: fastq.layer_norm_quant(x, rotation=32, asymmetric=True),
+    "silu_mul_quant": lambda x, other: fastq.silu_mul_quant(x, other),
+    "gelu_quant": lambda x, other: fastq.gelu_quant(x, scale=0.02, zero_point=3),
+    "relu_quant": lambda x, other: fastq.relu_quant(x, up=other, smooth=other[0].abs() + 1),
+}
+
+
+@pytest.mark.parametrize("op", QUANTIZING.values(), ids=QUANTIZING)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_replay_of_fused_quantisation(dtype, op):
+    for rows, cols in ((16, 4096), (3, 32768)):
+        x, other = torch.randn(2, rows, cols, device=CUDA).to(dtype)
+        op(x, other)
+        graph, got = capture(lambda x=x, other=other: op(x, other))
+        for _ in range(2):
+            x.copy_(torch.randn(rows, cols, device=CUDA))
+            graph.replay()
+            for result, expected in zip(got, op(x, other), strict=True):
+                assert torch.equal(result, expected)
+
+
 FIRST_CALLS = """
     import torch, fastq
     device = torch.device("cuda")
@@ -81,6 +105,7 @@ FIRST_CALLS = """
         w = torch.randint(-128, 128, (N, K), dtype=torch.int8, device=device)
         problems.append((a, w.t(), torch.rand(M, device=device), torch.rand(N, device=device)))
     x = torch.randn(50, 1000, device=device, dtype=torch.bfloat16)
+    scale, ones = torch.tensor(0.1, device=device), torch.ones(1000, device=device)
 
     def work():
         out = [fastq.int8_gemm(*p, out_dtype=torch.half) for p in problems]
@@ -88,6 +113,11 @@ FIRST_CALLS = """
         out += [fastq.int8_gemm(p[0], p[1].contiguous(), *p[2:]) for p in problems]
         out += fastq.quantize_per_token(x, rotation=8)
         out += fastq.quantize_per_token(x[:, :992], rotation=32)
+        for options in ({}, {"asymmetric": True, "rotation": 8}, {"scale": scale}):
+            out += fastq.rms_norm_quant(x, residual=x, **options)
+            out += fastq.layer_norm_quant(x, x[0], **options)
+            out += fastq.silu_mul_quant(x, x, **options)
+            out += fastq.quantize_per_token(x, smooth=ones, **options)
         q, s = fastq.quantize_per_token(x)
         return [*out, q, s, fastq.dequantize(q, s, out_dtype=torch.half)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,6 +164,66 @@ def test_rotated_quantize(device, rows, groups, rotation, dtype, layout, magnitu
     q, s = fastq.quantize_per_channel(x, rotation=rotation)
     reference.assert_same(q, expected_q)
     reference.assert_same(s, expected_s)
+
+
+@settings
+@hypothesis.given(
+    rows=sizes,
+    groups=sizes,
+    rotation=strategies.sampled_from([0, 2, 8, 32]),
+    dtype=strategies.sampled_from(FLOAT_DTYPES),
+    layout=layouts,
+    smooth_layout=strategies.sampled_from([None, *LAYOUTS]),
+    kind=strategies.sampled_from(["symmetric", "asymmetric", "static", "static asymmetric"]),
+    relu_mul=strategies.booleans(),
+    magnitude=strategies.integers(-40, 38),
+    special=strategies.sampled_from([None, 0.0, float("nan"), float("-inf")]),
+    seed=seeds,
+)
+def test_options_of_quantize_per_token(
+    device,
+    rows,
+    groups,
+    rotation,
+    dtype,
+    layout,
+    smooth_layout,
+    kind,
+    relu_mul,
+    magnitude,
+    special,
+    seed,
+):
+    """Of x, and of relu(x) * up, which is exact too."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = groups * max(rotation, 1)
+    x = torch.randn(rows, columns, generator=generator) * 10.0**magnitude
+    if special is not None and x.numel() > 0:
+        x[seed % rows, seed % columns] = special
+    x = in_layout(x.to(dtype).to(device), layout)
+    options = {"rotation": rotation, "asymmetric": kind == "asymmetric"}
+    if smooth_layout is not None:
+        smooth = random_scales(1, columns, device=device, seed=seed)
+        options["smooth"] = in_layout(smooth, smooth_layout)
+    if kind.startswith("static"):
+        options["scale"] = max(10.0**magnitude / 60, 1e-40)
+    if kind == "static asymmetric":
+        options["zero_point"] = seed % 256 - 128
+    values = reference.to_numpy(x)
+    if relu_mul:
+        up = random_floats(rows, columns, device=device, dtype=dtype, seed=seed)
+        with np.errstate(all="ignore"):
+            values = np.where(values < 0, np.float32(0), values) * reference.to_numpy(up)
+        q, s, *z = fastq.relu_quant(x, up=in_layout(up, layout), **options)
+    else:
+        q, s, *z = fastq.quantize_per_token(x, **options)
+    expected_q, expected_s, expected_z = reference.quantize_with(values, **options)
+    shape = () if kind.startswith("static") else (rows,)
+    reference.assert_same(q, expected_q)
+    reference.assert_same(s.view(shape), expected_s)
+    assert len(z) == (expected_z is not None)
+    for point in z:
+        reference.assert_same(point.view(shape), expected_z)
 
 
 @settings

@@ -179,19 +179,35 @@ FASTQ_API fastq_status fastq_pack_weight_size(const fastq_weight* plain, size_t*
 FASTQ_API fastq_status fastq_pack_weight(const fastq_weight* plain, const fastq_tensor* packed);
 
 /* ---- quantize --------------------------------------------------------------------------------
- * scale[r] = absmax(x[r,:]) / 127 (1 for a row of zeros, never below FLT_MIN)
- * q[r,c]   = clamp(round_half_even(x[r,c] / scale[r]), -127, 127)
+ * y[r,c]   = x[r,c], or x[r,c] * (1 / smooth[c]), each operation rounded to float32; smooth is
+ *            positive, from 2^-126 to 2^125
+ * scale[r] = absmax(y[r,:]) / 127 (1 for a row of zeros, never below FLT_MIN)
+ * q[r,c]   = clamp(round_half_even(y[r,c] / scale[r]), -127, 127)
  *
  * A row with a NaN has scale NaN, one with an Inf has scale Inf, and q = 0, so that what follows
  * shows NaN. per_token: x (..., K) -> scale x.shape[:-1] or that plus (1,). per_channel:
- * x (N, K) -> scale (N,) or (N, 1).
+ * x (N, K) -> scale (N,) or (N, 1); it takes neither smooth nor zero_point and is never static.
+ *
+ * With zero_point it is asymmetric, x ~ (q - zero_point) * scale: with the smallest and the largest
+ * element of a row or 0, low <= 0 <= high,
+ *   scale[r]      = high / 255 - low / 255 (1 where both are 0, never below FLT_MIN)
+ *   zero_point[r] = clamp(round_half_even(-128 - low / scale[r]), -128, 127)
+ *   q[r,c]        = clamp(round_half_even(y[r,c] / scale[r]) + zero_point[r], -128, 127)
+ * and zero_point = 0 in a row with a NaN or an Inf.
+ *
+ * With is_static scale and zero_point, one element each, are read instead of written; the scale is
+ * finite and positive, zero_point within -128..127. What is out of range is clamped, and a NaN
+ * becomes -128: in a symmetric q nothing else does.
  *
  * With a rotation R (2, 4, 8, 16 or 32; K a multiple of it), each R consecutive elements of a row
- * are first replaced, in float32, by their product with the Hadamard matrix H of order R:
+ * of y are first replaced, in float32, by their product with the Hadamard matrix H of order R:
  *   H[i,j] = popcount(i & j) even ? 1 : -1,  as butterflies (a + b, a - b) of strides 1, 2, .. R/2
  * It spreads an outlier over its block. H is symmetric and H * H = R * I: the product of a rotated
  * x and a rotated weight is R times that of the plain ones, so divide the weight's scale by R.
  * A row whose rotated values overflow float32 is one with an Inf or a NaN.
+ *
+ * Source: ZeroQuant (Yao et al., 2022), token-wise; SmoothQuant (Xiao et al., 2022), smooth and
+ * static scales; QuaRot (Ashkboos et al., 2024), rotation.
  */
 typedef struct fastq_quantize_args {
   size_t struct_size;
@@ -199,12 +215,56 @@ typedef struct fastq_quantize_args {
   fastq_tensor q;     /* int8, like x */
   fastq_tensor scale; /* float32 */
   void* stream;
-  int32_t rotation; /* 0: none */
-  int32_t reserved;
+  int32_t rotation;        /* 0: none */
+  int32_t is_static;       /* 0: scales are dynamic */
+  fastq_tensor zero_point; /* int32, of scale's shapes, or absent */
+  fastq_tensor smooth;     /* (K,) or (1, K), float32 or x's dtype, or absent */
 } fastq_quantize_args;
 
 FASTQ_API fastq_status fastq_quantize_per_token(const fastq_quantize_args* args);
 FASTQ_API fastq_status fastq_quantize_per_channel(const fastq_quantize_args* args);
+
+/* ---- norm_quant ------------------------------------------------------------------------------
+ * h[r,c] = x[r,c], or round_to(x.dtype, x[r,c] + residual[r,c]), which residual_out receives
+ * rms:    n[r,c] = h[r,c] / sqrt(mean(h[r,:]^2) + eps)
+ * layer:  n[r,c] = (h[r,c] - mean(h[r,:])) / sqrt(mean((h[r,:] - mean(h[r,:]))^2) + eps)
+ * y[r,c] = n[r,c] * weight[c] + bias[c]
+ *
+ * and y is quantised per token as x is by fastq_quantize_per_token: smooth, zero_point, is_static
+ * and rotation included. All in float32; the order of sums differs between devices, and with it the
+ * last bits of y.
+ */
+typedef enum fastq_norm { FASTQ_RMS_NORM = 0, FASTQ_LAYER_NORM = 1 } fastq_norm;
+
+typedef struct fastq_norm_quant_args {
+  size_t struct_size;
+  const fastq_quantize_args* quantize; /* x, and where its norm goes */
+  fastq_tensor weight;                 /* (K,) or (1, K), float32 or x's dtype, or absent: 1 */
+  fastq_tensor bias;                   /* the same, or absent: 0 */
+  fastq_tensor residual;               /* like x, any strides, or absent */
+  fastq_tensor residual_out; /* like x; present exactly when residual is. May be residual itself
+                                (same data and strides), else apart from it */
+  float eps;                 /* not negative */
+  int32_t norm;              /* fastq_norm */
+} fastq_norm_quant_args;
+
+FASTQ_API fastq_status fastq_norm_quant(const fastq_norm_quant_args* args);
+
+/* ---- activation_quant ------------------------------------------------------------------------
+ * y[r,c] = activation(x[r,c]), or activation(x[r,c]) * up[r,c]   (SwiGLU with silu)
+ *
+ * and y is quantised per token as x is by fastq_quantize_per_token. Activations as fastq_int8_gemm
+ * has them, in float32.
+ */
+typedef struct fastq_activation_quant_args {
+  size_t struct_size;
+  const fastq_quantize_args* quantize; /* x, and where its activation goes */
+  fastq_tensor up;                     /* like x, any strides, or absent */
+  int32_t activation;                  /* fastq_activation */
+  int32_t reserved;
+} fastq_activation_quant_args;
+
+FASTQ_API fastq_status fastq_activation_quant(const fastq_activation_quant_args* args);
 
 /* ---- dequantize ------------------------------------------------------------------------------
  * out[r,c] = round_to(out.dtype, f32(q[r,c]) * scale[r])

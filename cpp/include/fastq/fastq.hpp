@@ -170,18 +170,58 @@ inline void pack_weight(const fastq_weight& plain, const fastq_tensor& packed) {
   check(fastq_pack_weight(&plain, &packed));
 }
 
+// The arguments of a quantisation; set is_static, zero_point and smooth on the result.
+inline fastq_quantize_args quantize_args(const fastq_tensor& x, const fastq_tensor& q,
+                                         const fastq_tensor& scale, void* stream = nullptr,
+                                         int32_t rotation = 0) {
+  fastq_quantize_args args = {};
+  args.struct_size = sizeof(args);
+  args.x = x, args.q = q, args.scale = scale;
+  args.stream = stream;
+  args.rotation = rotation;
+  return args;
+}
+
+inline void quantize_per_token(const fastq_quantize_args& args) {
+  check(fastq_quantize_per_token(&args));
+}
 inline void quantize_per_token(const fastq_tensor& x, const fastq_tensor& q,
                                const fastq_tensor& scale, void* stream = nullptr,
                                int32_t rotation = 0) {
-  const fastq_quantize_args args = {sizeof(args), x, q, scale, stream, rotation, 0};
-  check(fastq_quantize_per_token(&args));
+  quantize_per_token(quantize_args(x, q, scale, stream, rotation));
 }
 
 inline void quantize_per_channel(const fastq_tensor& w, const fastq_tensor& q,
                                  const fastq_tensor& scale, void* stream = nullptr,
                                  int32_t rotation = 0) {
-  const fastq_quantize_args args = {sizeof(args), w, q, scale, stream, rotation, 0};
+  const fastq_quantize_args args = quantize_args(w, q, scale, stream, rotation);
   check(fastq_quantize_per_channel(&args));
+}
+
+// The arguments of a norm whose output is quantised; set bias, residual and residual_out on the
+// result. Keep `quantize` alive as long as the struct.
+inline fastq_norm_quant_args norm_quant_args(const fastq_quantize_args& quantize, fastq_norm norm,
+                                             const fastq_tensor& weight, float eps) {
+  fastq_norm_quant_args args = {};
+  args.struct_size = sizeof(args);
+  args.quantize = &quantize;
+  args.weight = weight;
+  args.eps = eps;
+  args.norm = norm;
+  return args;
+}
+
+inline void norm_quant(const fastq_norm_quant_args& args) { check(fastq_norm_quant(&args)); }
+
+// An activation, times `up` where it is given, whose output is quantised.
+inline void activation_quant(const fastq_quantize_args& quantize, fastq_activation activation,
+                             const fastq_tensor& up = {}) {
+  fastq_activation_quant_args args = {};
+  args.struct_size = sizeof(args);
+  args.quantize = &quantize;
+  args.up = up;
+  args.activation = activation;
+  check(fastq_activation_quant(&args));
 }
 
 inline void dequantize(const fastq_tensor& q, const fastq_tensor& scale, const fastq_tensor& out,

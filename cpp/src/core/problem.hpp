@@ -46,7 +46,11 @@ struct Int8GemmProblem {
   void* stream = nullptr;
 };
 
-// Row-wise quantisation, and its inverse: float (rows, cols) <-> int8 (rows, cols), scale (rows,).
+enum class Norm { kNone, kRms, kLayer };
+
+// Row-wise quantisation of float (rows, cols), as it is or after a norm or an activation, to int8
+// (rows, cols), scale (rows,). fastq.h has the formulas, in this order: residual, norm or
+// activation, up, smooth, rotation, q.
 struct QuantizeProblem {
   int64_t rows = 0, cols = 0;
   const void* x = nullptr;
@@ -56,11 +60,27 @@ struct QuantizeProblem {
   int64_t stride_qr = 0, stride_qc = 0;
   float* scale = nullptr;
   int64_t stride_s = 0;
+  int32_t* zero_point = nullptr;  // null: symmetric
+  int64_t stride_z = 0;
+  bool is_static = false;  // scale and zero_point are one element each, and read
+  VectorView smooth;
   int rotation = 0;  // elements of a Hadamard block, a power of two that divides cols; 0: none
+
+  Norm norm = Norm::kNone;
+  float eps = 0;
+  VectorView weight, bias;
+  MatrixView residual;  // in x's dtype
+  void* residual_out = nullptr;
+  int64_t stride_or = 0, stride_oc = 0;
+
+  Activation activation = Activation::kNone;
+  MatrixView up;  // in x's dtype
+
   int device_index = 0;
   void* stream = nullptr;
 };
 
+// The inverse: int8 (rows, cols), scale (rows,) to float (rows, cols).
 struct DequantizeProblem {
   int64_t rows = 0, cols = 0;
   const int8_t* q = nullptr;

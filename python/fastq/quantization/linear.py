@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..nn import Int8Linear
-from ..ops import check_rotation
+from ..quantize_ops import check_rotation
 
 # The output head is small beside the rest, often shares the embedding's weight, and is the layer
 # that rounding hurts most.

@@ -1,4 +1,4 @@
-// Row-wise symmetric quantisation and its inverse on the CPU.
+// Row-wise quantisation on the CPU, after a norm or an activation too.
 #pragma once
 
 #include "core/problem.hpp"

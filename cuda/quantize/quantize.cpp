@@ -1,0 +1,161 @@
+#include "quantize/quantize.hpp"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+#include <vector>
+
+#include "core/integers.hpp"
+#include "quantize/quantize_kernels.hpp"
+#include "runtime/dependent_launch.cuh"
+#include "runtime/device.hpp"
+
+namespace fastq::cuda {
+namespace {
+
+std::vector<QuantizeKernel>& kernels() {
+  static std::vector<QuantizeKernel> list;
+  return list;
+}
+
+// Of a row, at the most: all that a block may have, but for what the threads tell one another.
+int held_bytes(const DeviceProps& device) { return device.shared_memory_per_block - 1024; }
+
+// By device: whether the kernels' code there can wait for its predecessor.
+std::array<bool, kMaxDevices> launches_dependent{};
+
+[[maybe_unused]] const bool registered = register_loader([](const DeviceProps& device) {
+  int arch = 0;  // the same for every kernel
+  for (const QuantizeKernel& kernel : kernels()) {
+    const auto function = reinterpret_cast<const void*>(kernel.function);
+    arch = load_kernel(function);
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               held_bytes(device)),
+          "loading a quantising kernel");
+  }
+  launches_dependent[device.index] = arch >= kDependentLaunchArch;
+});
+
+// Whether rows of elements of `size` bytes begin at multiples of `bytes`; so does what is absent.
+bool is_aligned(const void* data, int64_t stride_row, int64_t stride_column, int64_t size,
+                int64_t bytes, int64_t rows) {
+  return data == nullptr || (stride_column == 1 && reinterpret_cast<uintptr_t>(data) % bytes == 0 &&
+                             (rows == 1 || stride_row * size % bytes == 0));
+}
+
+bool is_vectorizable(const QuantizeProblem& p, int vector) {
+  const int64_t size = element_size(p.x_dtype);
+  const auto matrix = [&](const void* data, int64_t stride_row, int64_t stride_column) {
+    return is_aligned(data, stride_row, stride_column, size, 16, p.rows);
+  };
+  const auto columns = [](const VectorView& v) {
+    return is_aligned(v.data, 0, v.stride, 1, 16, 1);
+  };
+  return p.cols % vector == 0 && p.cols <= INT32_MAX / 2 && matrix(p.x, p.stride_xr, p.stride_xc) &&
+         matrix(p.up.data, p.up.stride_m, p.up.stride_n) &&
+         matrix(p.residual.data, p.residual.stride_m, p.residual.stride_n) &&
+         matrix(p.residual_out, p.stride_or, p.stride_oc) && columns(p.weight) && columns(p.bias) &&
+         columns(p.smooth) && is_aligned(p.q, p.stride_qr, p.stride_qc, 1, vector, p.rows);
+}
+
+// That a kernel holds in registers.
+int64_t longest_row(const QuantizeKernel& kernel) {
+  return int64_t{kernel.in_registers} * kernel.vector * kernel.max_threads;
+}
+
+// The kernel for a problem: that which reads most at a time, without options where it has none.
+const QuantizeKernel& choose(const QuantizeProblem& p) {
+  bool has_options =
+      p.smooth.data != nullptr || p.rotation != 0 || p.zero_point != nullptr || p.is_static;
+  RowSource source = RowSource::kPlain;
+  if (p.norm != Norm::kNone) {
+    source = p.norm == Norm::kRms && p.bias.data == nullptr && !has_options ? RowSource::kRms
+                                                                            : RowSource::kNorm;
+  } else if (p.activation != Activation::kNone && p.activation != Activation::kRelu) {
+    source = RowSource::kActivation;
+  } else if (p.up.data != nullptr) {
+    has_options = true;
+  }
+  const QuantizeKernel* best = nullptr;
+  for (const QuantizeKernel& kernel : kernels()) {
+    const bool serves =
+        kernel.source == source || (kernel.source == RowSource::kNorm && source == RowSource::kRms);
+    if (kernel.dtype != p.x_dtype || !serves) continue;
+    if (has_options && !kernel.has_options) continue;
+    if (kernel.vector > 1 && !is_vectorizable(p, kernel.vector)) continue;
+    if (kernel.in_registers > 0 && p.cols > longest_row(kernel)) continue;
+    const auto rank = [](const QuantizeKernel& x) {
+      return std::make_pair(x.vector, !x.has_options);
+    };
+    if (best == nullptr || rank(kernel) > rank(*best)) best = &kernel;
+  }
+  return *best;
+}
+
+// Where rows are many, few threads with several vectors each keep memory busy; few rows are done
+// soonest by as many threads as there are vectors. The order of a norm's sums depends on the
+// threads, and must not on the rows.
+int threads_of_row(const QuantizeProblem& p, const QuantizeKernel& kernel, int sm_count) {
+  const int64_t vectors = ceil_div(p.cols, kernel.vector);
+  const int64_t of_thread = p.norm != Norm::kNone    ? 2
+                            : p.rows >= 4 * sm_count ? 4
+                            : p.rows > sm_count      ? 2
+                                                     : 1;
+  return static_cast<int>(
+      std::clamp<int64_t>(ceil_div(vectors, 32 * of_thread) * 32, 32, kernel.max_threads));
+}
+
+void launch(const QuantizeProblem& p) {
+  const DeviceProps& device = device_props(p.device_index);
+  const QuantizeKernel& kernel = choose(p);
+  const int threads = threads_of_row(p, kernel, device.sm_count);
+  const int64_t step = int64_t{threads} * kernel.vector;
+  const int64_t all = kernel.in_registers > 0 ? 0 : ceil_div(p.cols, step) * step;
+  const int64_t most = held_bytes(device) / static_cast<int64_t>(sizeof(float)) / step * step;
+  QuantizeParams params{p, static_cast<int>(std::min(all, most)),
+                        1 / static_cast<float>(std::max<int64_t>(p.cols, 1))};
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(p.rows);
+  config.blockDim = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = params.held * sizeof(float);
+  config.stream = static_cast<cudaStream_t>(p.stream);
+  cudaLaunchAttribute attribute = dependent_launch();
+  config.attrs = &attribute;
+  config.numAttrs = launches_dependent[p.device_index] ? 1 : 0;
+  void* arguments[] = {&params};
+  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel.function), arguments),
+        "launching quantize");
+}
+
+}  // namespace
+
+bool register_quantize_kernel(const QuantizeKernel& kernel) {
+  kernels().push_back(kernel);
+  return true;
+}
+
+void quantize(const QuantizeProblem& problem) {
+  const DeviceGuard guard(problem.device_index);
+  const int64_t size = element_size(problem.x_dtype);
+  const auto moved = [](const void* data, int64_t bytes) {
+    return data == nullptr ? nullptr : static_cast<const char*>(data) + bytes;
+  };
+  QuantizeProblem p = problem;
+  // The grid holds 2^31 - 1 rows at the most: more go in pieces.
+  for (int64_t done = 0; done < problem.rows; done += p.rows) {
+    p.rows = std::min<int64_t>(problem.rows - done, INT32_MAX);
+    p.x = moved(problem.x, done * problem.stride_xr * size);
+    p.up.data = moved(problem.up.data, done * problem.up.stride_m * size);
+    p.residual.data = moved(problem.residual.data, done * problem.residual.stride_m * size);
+    p.residual_out =
+        const_cast<char*>(moved(problem.residual_out, done * problem.stride_or * size));
+    p.q = problem.q + done * problem.stride_qr;
+    if (!p.is_static) {
+      p.scale = problem.scale + done * problem.stride_s;
+      if (p.zero_point != nullptr) p.zero_point = problem.zero_point + done * problem.stride_z;
+    }
+    launch(p);
+  }
+}
+
+}  // namespace fastq::cuda

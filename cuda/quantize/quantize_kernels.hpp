@@ -1,0 +1,36 @@
+// The compiled kernels: each instance's translation unit registers its own here, and quantize.cpp
+// looks its choice up.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/problem.hpp"
+
+namespace fastq::cuda {
+
+// What comes before the quantisation proper: nothing or relu; another activation; an RMS norm
+// without bias; any norm.
+enum class RowSource { kPlain, kActivation, kRms, kNorm };
+
+constexpr int kMaxQuantizeThreads = 1024;  // of a block, which has a row
+
+struct QuantizeParams {
+  QuantizeProblem problem;
+  int held;  // columns in shared memory, a multiple of what a block reads at once
+  float inverse_cols;
+};
+
+struct QuantizeKernel {
+  DType dtype;
+  RowSource source;
+  bool has_options;  // smooth, rotation, zero_point, is_static; up of a plain source
+  int vector;        // elements that are read at a time: 16 bytes, or one element of any layout
+  int in_registers;  // vectors that a thread has at the most; 0: any number
+  int max_threads;
+  void (*function)(QuantizeParams);
+};
+
+// Called from static initialisers.
+bool register_quantize_kernel(const QuantizeKernel& kernel);
+
+}  // namespace fastq::cuda

@@ -1,0 +1,71 @@
+// Activations of what is then rounded to eight bits: absolute errors of 1e-6 of |y| do, and the
+// instructions that epilogue/output.cuh spends on the last bits would cost more than memory does.
+// NaN stays, and the limits at infinity are right.
+//
+//   silu       y / (1 + e^-y)
+//   gelu_tanh  y / (1 + e^-2u),  u = sqrt(2 / pi) (y + 0.044715 y^3)
+//   gelu       max(y, 0) - |y| Phi(-|y|),  Phi(-x) = erfc(x / sqrt(2)) / 2 after Hastings
+//              (Abramowitz and Stegun, 7.1.26): a polynomial in 1 / (1 + p x) times e^(-x^2 / 2)
+#pragma once
+
+#include "core/problem.hpp"
+#include "quantize/row_scale.cuh"
+
+namespace fastq::cuda {
+
+__device__ inline float max_or_nan(float x, float y) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+  return result;
+}
+__device__ inline float approximate_exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ inline float quantized_silu(float y) {
+  y = max_or_nan(y, -104.0f);  // where it is 0
+  return y * approximate_reciprocal(1 + approximate_exp2(-1.44269504f * y));
+}
+
+__device__ inline float quantized_gelu_tanh(float y) {
+  constexpr float kLinear = -2.30220819f, kCubic = -0.102943240f;  // log2(e) 2 sqrt(2 / pi) ...
+  y = max_or_nan(y, -16.0f);
+  return y * approximate_reciprocal(1 + approximate_exp2(y * fmaf(kCubic, y * y, kLinear)));
+}
+
+__device__ inline float quantized_gelu(float y) {
+  const float x = fminf(fabsf(y), 16.0f);
+  const float t = approximate_reciprocal(fmaf(0.231641888f, x, 1.0f));
+  float p = fmaf(0.530702714f, t, -0.726576013f);
+  p = fmaf(p, t, 0.710706871f);
+  p = fmaf(p, t, -0.142248368f);
+  p = fmaf(p, t, 0.127414796f) * t;
+  return fmaf(-x * approximate_exp2(-0.72134752f * x * x), p, max_or_nan(y, 0.0f));
+}
+
+template <int kCount>
+__device__ inline void activate_quantized(Activation activation, float (&y)[kCount]) {
+  switch (activation) {
+    case Activation::kNone:
+      break;
+    case Activation::kRelu:
+#pragma unroll
+      for (float& x : y) x = max_or_nan(x, 0.0f);
+      break;
+    case Activation::kGelu:
+#pragma unroll
+      for (float& x : y) x = quantized_gelu(x);
+      break;
+    case Activation::kGeluTanh:
+#pragma unroll
+      for (float& x : y) x = quantized_gelu_tanh(x);
+      break;
+    case Activation::kSilu:
+#pragma unroll
+      for (float& x : y) x = quantized_silu(x);
+      break;
+  }
+}
+
+}  // namespace fastq::cuda
