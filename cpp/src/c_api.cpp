@@ -12,6 +12,7 @@
 #include "ops/flash_decode.hpp"
 #include "ops/int8_gemm.hpp"
 #include "ops/kv_append.hpp"
+#include "ops/llm_int8_matmul.hpp"
 #include "ops/quantize.hpp"
 
 namespace {
@@ -145,6 +146,18 @@ fastq_status fastq_quantize_per_token(const fastq_quantize_args* args) {
 fastq_status fastq_quantize_per_channel(const fastq_quantize_args* args) {
   return guarded(
       [&] { fastq::quantize_per_channel(required(args, "quantize_per_channel: args")); });
+}
+
+fastq_status fastq_llm_int8_matmul_workspace_size(const fastq_llm_int8_matmul_args* args,
+                                                  size_t* bytes) {
+  return guarded([&] {
+    required(bytes, "llm_int8_matmul: bytes");
+    *bytes = fastq::llm_int8_matmul_workspace_size(required(args, "llm_int8_matmul: args"));
+  });
+}
+
+fastq_status fastq_llm_int8_matmul(const fastq_llm_int8_matmul_args* args) {
+  return guarded([&] { fastq::llm_int8_matmul(required(args, "llm_int8_matmul: args")); });
 }
 
 fastq_status fastq_norm_quant(const fastq_norm_quant_args* args) {

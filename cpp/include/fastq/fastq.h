@@ -224,6 +224,46 @@ typedef struct fastq_quantize_args {
 FASTQ_API fastq_status fastq_quantize_per_token(const fastq_quantize_args* args);
 FASTQ_API fastq_status fastq_quantize_per_channel(const fastq_quantize_args* args);
 
+/* ---- llm_int8_matmul -------------------------------------------------------------------------
+ * An element of x is an outlier where |x[m,k]| >= threshold; with threshold 0 none is. With
+ *   scale[m] = largest magnitude of row m's other elements / 127 (1 where all are zeros, never
+ *              below FLT_MIN; NaN where one is NaN)
+ *   q[m,k]   = 0 for an outlier, else clamp(round_half_even(x[m,k] / scale[m]), -127, 127)
+ *   v[k,n]   = f32(outlier_weight[i,n]) where k = outlier_columns[i], else f32(b[k,n]) * b.scale[n]
+ * the output is
+ *   y        = (f32(sum_k q[m,k] * b[k,n]) * scale[m]) * b.scale[n]
+ *   y        = fma(x[m,k], v[k,n], y)  for the outliers k of row m, in ascending order
+ *   out[m,n] = round_to(out.dtype, y + bias[n])
+ * each operation rounded to float32, so that a row has the same bits whatever batch it came in.
+ *
+ * Nothing is read on the host: a CUDA graph may be replayed with other outliers. CUDA gathers the
+ * columns that hold any in its workspace, 64 at the most; more are right, too, but slower.
+ *
+ * Source: LLM.int8() (Dettmers et al., 2022).
+ */
+typedef struct fastq_llm_int8_matmul_args {
+  size_t struct_size;
+  fastq_tensor x;               /* (..., M, K) float32, float16 or bfloat16; leading dimensions with
+                                   one stride in common */
+  const fastq_weight* b;        /* plain, K at most 131071; K contiguous is the fast path */
+  fastq_tensor outlier_columns; /* int32 (C,), ascending: rows of b that are given in float, too */
+  fastq_tensor outlier_weight;  /* (C, N) float32, float16 or bfloat16; both or neither */
+  fastq_tensor bias;            /* (N,) or (1, N), float32 or out.dtype, or absent */
+  fastq_tensor out;             /* (..., M, N) float32, float16 or bfloat16 */
+  fastq_tensor outlier_count;   /* int32, one element, or absent: columns of x with an outlier */
+  float threshold;              /* not negative */
+  int32_t b_is_constant;        /* as in fastq_int8_gemm_args */
+  void* workspace;              /* as in fastq_int8_gemm_args */
+  size_t workspace_size;
+  fastq_allocate allocate;
+  void* allocate_context;
+  void* stream;
+} fastq_llm_int8_matmul_args;
+
+FASTQ_API fastq_status fastq_llm_int8_matmul_workspace_size(const fastq_llm_int8_matmul_args* args,
+                                                            size_t* bytes);
+FASTQ_API fastq_status fastq_llm_int8_matmul(const fastq_llm_int8_matmul_args* args);
+
 /* ---- norm_quant ------------------------------------------------------------------------------
  * h[r,c] = x[r,c], or round_to(x.dtype, x[r,c] + residual[r,c]), which residual_out receives
  * rms:    n[r,c] = h[r,c] / sqrt(mean(h[r,:]^2) + eps)

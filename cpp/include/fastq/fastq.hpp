@@ -198,6 +198,35 @@ inline void quantize_per_channel(const fastq_tensor& w, const fastq_tensor& q,
   check(fastq_quantize_per_channel(&args));
 }
 
+inline size_t llm_int8_matmul_workspace_size(const fastq_llm_int8_matmul_args& args) {
+  size_t bytes = 0;
+  check(fastq_llm_int8_matmul_workspace_size(&args, &bytes));
+  return bytes;
+}
+
+// The arguments of one product with outliers apart; set what else there is on the result.
+// Keep `b` alive as long as the struct.
+inline fastq_llm_int8_matmul_args llm_int8_matmul_args(const fastq_tensor& x, const fastq_weight& b,
+                                                       const fastq_tensor& out,
+                                                       float threshold = 6.0f,
+                                                       void* stream = nullptr) {
+  fastq_llm_int8_matmul_args args = {};
+  args.struct_size = sizeof(args);
+  args.x = x;
+  args.b = &b;
+  args.out = out;
+  args.threshold = threshold;
+  args.stream = stream;
+  return args;
+}
+
+inline void llm_int8_matmul(fastq_llm_int8_matmul_args args, void* workspace = nullptr,
+                            size_t workspace_size = 0) {
+  args.workspace = workspace;
+  args.workspace_size = workspace_size;
+  check(fastq_llm_int8_matmul(&args));
+}
+
 // The arguments of a norm whose output is quantised; set bias, residual and residual_out on the
 // result. Keep `quantize` alive as long as the struct.
 inline fastq_norm_quant_args norm_quant_args(const fastq_quantize_args& quantize, fastq_norm norm,

@@ -48,6 +48,8 @@ struct Backend {
   size_t (*flash_decode_workspace_size)(const FlashDecodeProblem&);
   void (*flash_decode)(const FlashDecodeProblem&, Workspace& workspace);
   void (*kv_append)(const KvAppendProblem&);
+  size_t (*llm_int8_matmul_workspace_size)(const LlmInt8MatmulProblem&);
+  void (*llm_int8_matmul)(const LlmInt8MatmulProblem&, Workspace& workspace);
 };
 
 // Called once per backend from a static initialiser; must not touch a device.

@@ -26,6 +26,20 @@ struct MatrixView {
 
 enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
 
+// The outliers of a float matrix x: its elements from `threshold` on, in magnitude. A product has
+// them apart, times weights of which some are kept in float (LLM.int8()).
+struct OutlierSplit {
+  MatrixView x;
+  float threshold = 0;
+  // Columns of x that have weights of their own, ascending: kept_columns[i * stride_columns].
+  const int32_t* kept_columns = nullptr;
+  int64_t stride_columns = 0, num_kept = 0;
+  MatrixView kept;  // (num_kept, N)
+  // Columns of x that hold outliers, ascending, and how many; on the device.
+  const int32_t* columns = nullptr;
+  const int32_t* num_columns = nullptr;
+};
+
 struct Int8GemmProblem {
   int64_t M = 0, N = 0, K = 0;
   const int8_t* a = nullptr;  // a[m * stride_am + k * stride_ak]
@@ -38,8 +52,25 @@ struct Int8GemmProblem {
   VectorView zero_point, column_sums;  // int32, along M and N; both or neither
   Activation activation = Activation::kNone;
   MatrixView residual;
-  const float* out_scale = nullptr;  // one value; set exactly when out is int8
-  void* out = nullptr;               // out[m * stride_om + n * stride_on]
+  const float* out_scale = nullptr;        // one value; set exactly when out is int8
+  const OutlierSplit* outliers = nullptr;  // added to the scaled sums, before the bias
+  void* out = nullptr;                     // out[m * stride_om + n * stride_on]
+  DType out_dtype = DType::kBFloat16;
+  int64_t stride_om = 0, stride_on = 0;
+  int device_index = 0;
+  void* stream = nullptr;
+};
+
+// fastq.h has the formulas.
+struct LlmInt8MatmulProblem {
+  int64_t M = 0, N = 0, K = 0;
+  OutlierSplit split;         // but for its columns, which the backend finds
+  const int8_t* b = nullptr;  // b[k * stride_bk + n * stride_bn]
+  int64_t stride_bk = 0, stride_bn = 0;
+  bool b_is_constant = false;
+  VectorView scale_b, bias;
+  int32_t* outlier_count = nullptr;
+  void* out = nullptr;  // out[m * stride_om + n * stride_on]
   DType out_dtype = DType::kBFloat16;
   int64_t stride_om = 0, stride_on = 0;
   int device_index = 0;
