@@ -8,6 +8,7 @@
 #include "flash_decode/flash_decode.hpp"
 #include "int8_gemm/int8_gemm.hpp"
 #include "kv_append/kv_append.hpp"
+#include "llm_int8_matmul/llm_int8_matmul.hpp"
 #include "quantize/quantize.hpp"
 #include "runtime/device.hpp"
 
@@ -46,6 +47,8 @@ constexpr Backend kBackend = {
     &flash_decode_workspace_size,
     &flash_decode,
     &kv_append,
+    &llm_int8_matmul_workspace_size,
+    &llm_int8_matmul,
 };
 
 [[maybe_unused]] const bool registered = register_backend(DeviceType::kCuda, kBackend);

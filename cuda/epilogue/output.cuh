@@ -1,7 +1,7 @@
 // What ends every INT8 GEMM, shared by all kernel families: exact int32 sums become the output.
 //
 //   sum = acc - zero_point[m] * column_sums[n]                       int32, exact
-//   y   = (f32(sum) * scale_a[m]) * scale_b[n] + bias[n]             float32
+//   y   = (f32(sum) * scale_a[m]) * scale_b[n], outliers, + bias[n]  float32
 //   y   = activation(y) + residual[m, n]
 //   out = round_to(out_dtype, y), or clamp(round(y / out_scale), -127, 127) for int8
 //
@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "core/problem.hpp"
+#include "epilogue/outliers.cuh"
 
 namespace fastq::cuda {
 
@@ -27,6 +28,7 @@ struct OutputParams {
   int M, N;
   VectorView scale_a, scale_b, bias;
   VectorView zero_point, column_sums;
+  OutlierParams outliers;
   MatrixView residual;
   const float* out_scale;
   void* out;
@@ -35,7 +37,7 @@ struct OutputParams {
   Activation activation;
   // Eight elements, the first at a multiple of 8, can be read or written as vectors.
   bool out_is_vectorizable, residual_is_vectorizable;
-  // Nothing but scales and a bias, to a vectorizable out of 16-bit floats.
+  // Nothing but scales, outliers and a bias, to a vectorizable out of 16-bit floats.
   bool is_plain;
 };
 
@@ -51,6 +53,9 @@ inline OutputParams output_params(const Int8GemmProblem& p) {
   o.M = static_cast<int>(p.M), o.N = static_cast<int>(p.N);
   o.scale_a = p.scale_a, o.scale_b = p.scale_b, o.bias = p.bias;
   o.zero_point = p.zero_point, o.column_sums = p.column_sums;
+  if (p.outliers != nullptr) {
+    o.outliers = {*p.outliers, p.b, p.stride_bk, p.stride_bn, p.scale_b};
+  }
   o.residual = p.residual;
   o.out_scale = p.out_scale;
   o.out = p.out;
@@ -67,14 +72,6 @@ inline OutputParams output_params(const Int8GemmProblem& p) {
                p.residual.data == nullptr && o.out_is_vectorizable &&
                (p.out_dtype == DType::kBFloat16 || p.out_dtype == DType::kFloat16);
   return o;
-}
-
-__device__ inline float load_float(const void* data, DType dtype, int64_t offset) {
-  if (dtype == DType::kBFloat16) {
-    return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[offset]);
-  }
-  if (dtype == DType::kFloat16) return __half2float(static_cast<const __half*>(data)[offset]);
-  return static_cast<const float*>(data)[offset];
 }
 
 // An element of a vector; 0 where the vector is absent or the index past its end.
@@ -275,8 +272,11 @@ __device__ inline void store_words(const OutputParams& p, int64_t m, int n0,
   }
 }
 
+__device__ inline float scale_sum(int32_t acc, float scale_a, float scale_b) {
+  return __fmul_rn(__fmul_rn(__int2float_rn(acc), scale_a), scale_b);
+}
 __device__ inline float scale_sum(int32_t acc, float scale_a, float scale_b, float bias) {
-  return __fadd_rn(__fmul_rn(__fmul_rn(__int2float_rn(acc), scale_a), scale_b), bias);
+  return __fadd_rn(scale_sum(acc, scale_a, scale_b), bias);
 }
 
 __device__ inline uint16_t narrow(float x, DType dtype) {
@@ -311,9 +311,11 @@ __device__ inline void store_row(const OutputParams& p, const OutputColumns& c,
 
   float y[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    y[i] = scale_sum(acc[i], row.scale_a, c.scale_b[i], c.bias[i]);
-  }
+  for (int i = 0; i < 8; ++i) y[i] = scale_sum(acc[i], row.scale_a, c.scale_b[i]);
+  const int outliers = outlier_columns(p.outliers);
+  if (outliers > 0) add_outliers(p.outliers, outliers, m, n0, p.N, y);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) y[i] = __fadd_rn(y[i], c.bias[i]);
   if (p.activation != Activation::kNone) activate(p.activation, y);
   if (p.residual.data != nullptr) {
     float residual[8];

@@ -51,6 +51,8 @@ struct GemmShape {
   bool a_is_vectorizable = true, b_is_vectorizable = true;
   // Its weight may be read before its turn in the stream.
   bool b_is_constant = false;
+  // Elements of `a` past K are zeros, up to a multiple of 16.
+  bool a_is_padded = false;
   // The output is scales, a bias and 16-bit floats, and TMA can store it: rows are contiguous, and
   // start and end at multiples of 16 bytes (a TMA store rounds the end of a row up to that, over
   // whatever lies behind it).
@@ -81,8 +83,10 @@ inline GemmShape gemm_shape(const Int8GemmProblem& p) {
   shape.a_is_vectorizable = readable(p.a, p.stride_am, p.stride_ak, p.M);
   shape.b_is_vectorizable = readable(p.b, p.stride_bn, p.stride_bk, p.N);
   shape.b_is_constant = p.b_is_constant;
+  shape.a_is_padded = p.a_is_padded;
   const bool is_plain = p.zero_point.data == nullptr && p.activation == Activation::kNone &&
-                        p.residual.data == nullptr && element_size(p.out_dtype) == 2;
+                        p.residual.data == nullptr && p.outliers == nullptr &&
+                        element_size(p.out_dtype) == 2;
   shape.out_is_tma_storable = is_plain && p.stride_on == 1 && p.N % 8 == 0 &&
                               reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
                               (p.M == 1 || (p.stride_om > 0 && p.stride_om % 8 == 0));
@@ -337,7 +341,7 @@ inline GemmChoice select_config(const GemmShape& s, const GemmDevice& device, bo
     // A TMA store goes on to a multiple of 16 bytes. Should a load do so too, what lies behind a
     // row of K elements would take part in the sums: let it be zero in one of the operands, as
     // relayout leaves it.
-    if (s.K % 16 != 0 && !choice.relayout_b) choice.relayout_a = true;
+    if (s.K % 16 != 0 && !choice.relayout_b && !s.a_is_padded) choice.relayout_a = true;
   }
   const int64_t padded_k = round_up(s.K, 16);
   if (choice.relayout_a) choice.relayout_a_bytes = round_up(s.M * padded_k, 256);

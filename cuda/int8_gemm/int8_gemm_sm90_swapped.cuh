@@ -310,6 +310,8 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
   // tells apart no more than one turn. Barrier 3 + i says so to warpgroup i.
   int turn = 0;
   if (Traits::kPingpong && warpgroup == 1) NamedBarrier::arrive(256, 3);
+  const int outliers = outlier_columns(p.output.outliers);
+  const bool is_plain = p.output.is_plain && outliers <= p.output.outliers.split.capacity;
   for (SwappedTiles<Traits> tiles(p); tiles.has_tile(); tiles.next()) {
     if (Traits::kPingpong && turn++ % 2 != warpgroup) {
       at.skip(p.k_tiles);
@@ -334,7 +336,7 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
       if (m < p.output.M) rows[i] = load_row(p.output, m);
     }
     SwappedPlainColumns<Traits> columns;
-    if (p.output.is_plain) columns.load(p.output, n0, lane128);
+    if (is_plain) columns.load(p.output, n0, lane128);
 
     const SwappedPart part{box.x, n0, origin.x, origin.y, n_end, lane128, 1 + warpgroup};
     auto& staging = shared.staging[warpgroup];
@@ -355,17 +357,21 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
                                });
 
     if (n0 >= n_end) continue;
-    if (p.output.is_plain && p.output.dtype == DType::kBFloat16) {
-      swapped_write_plain<Traits, DType::kBFloat16>(p.output, staging, shared.scales[warpgroup],
-                                                    part, columns, acc);
+    if (!is_plain) {
+      swapped_write<Traits>(p.output, staging, shared.rows[warpgroup], part, acc);
       continue;
     }
-    if (p.output.is_plain) {
-      swapped_write_plain<Traits, DType::kFloat16>(p.output, staging, shared.scales[warpgroup],
-                                                   part, columns, acc);
-      continue;
+    const float* scales = shared.scales[warpgroup];
+    if (outliers > 0) {
+      swapped_scale<Traits>(p.output, scales, part, columns, outliers, acc);
     }
-    swapped_write<Traits>(p.output, staging, shared.rows[warpgroup], part, acc);
+    if (p.output.dtype == DType::kBFloat16) {
+      swapped_write_plain<Traits, DType::kBFloat16>(p.output, staging, scales, part, columns,
+                                                    outliers > 0, acc);
+    } else {
+      swapped_write_plain<Traits, DType::kFloat16>(p.output, staging, scales, part, columns,
+                                                   outliers > 0, acc);
+    }
   }
 }
 

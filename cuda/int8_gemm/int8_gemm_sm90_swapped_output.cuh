@@ -123,14 +123,54 @@ __device__ inline void store_16_bytes(void* out, const uint4& words) {
                : "memory");
 }
 
-// A plain output of 16-bit floats: scaled in registers, turned by stmatrix, 64 channels and up to
-// 64 tokens at a time.
+// The sums become floats, in place: scaled, and the outliers' part added (see
+// epilogue/outliers.cuh; the first `outliers` columns, all of them gathered).
+template <class Traits>
+__device__ inline void swapped_scale(const OutputParams& p, const float* scales,
+                                     const SwappedPart& part,
+                                     const SwappedPlainColumns<Traits>& columns, int outliers,
+                                     typename Traits::Sums& acc) {
+  constexpr int kPairs = Traits::kTileM / 8;
+  const int lane = part.lane128 % 32, first = lane % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4 * Traits::kBlocks; ++i) {
+      uint32_t& sum = acc[i / 4][4 * j + i % 4];
+      sum = __float_as_uint(
+          scale_sum(sum, scales[8 * j + first + i % 2], columns.scale_b[i / 4][i % 4 / 2]));
+    }
+  }
+  const OutlierSplit& split = p.outliers.split;
+  const float* x = split.gathered_x + part.m0 + first;
+  const float* v = split.gathered_b + part.n0 + part.lane128 / 32 * 16 + lane / 4;
+#pragma unroll 1
+  for (int c = 0; c < outliers; ++c, x += split.stride_gx, v += split.stride_gb) {
+    float its[Traits::kBlocks][2];
+#pragma unroll
+    for (int i = 0; i < 2 * Traits::kBlocks; ++i) {
+      its[i / 2][i % 2] = v[i / 2 * Traits::kBlockStride + i % 2 * 8];
+    }
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const float two[2] = {x[8 * j], x[8 * j + 1]};
+#pragma unroll
+      for (int i = 0; i < 4 * Traits::kBlocks; ++i) {
+        uint32_t& y = acc[i / 4][4 * j + i % 4];
+        y = __float_as_uint(__fmaf_rn(two[i % 2], its[i / 4][i % 4 / 2], __uint_as_float(y)));
+      }
+    }
+  }
+}
+
+// A plain output of 16-bit floats: scaled in registers, unless it is, turned by stmatrix, 64
+// channels and up to 64 tokens at a time.
 template <class Traits, DType kDType>
 __device__ inline void swapped_write_plain(const OutputParams& p,
                                            typename Traits::Shared::Staging& staging,
                                            const float* scales, const SwappedPart& part,
                                            const SwappedPlainColumns<Traits>& columns,
-                                           const typename Traits::Sums& acc) {
+                                           bool is_scaled, const typename Traits::Sums& acc) {
   constexpr int kLines = Traits::kLines, kStores = (kLines + 15) / 16;
   const int lane = part.lane128 % 32, warp = part.lane128 / 32;
   // A line is 64 channels of a token; its eight 16-byte pieces are permuted by the token.
@@ -152,8 +192,10 @@ __device__ inline void swapped_write_plain(const OutputParams& p,
         float y[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          y[j] = scale_sum(acc[block][at + j], scales[token + j], columns.scale_b[block][i % 2],
-                           columns.bias[block][i % 2]);
+          const uint32_t sum = acc[block][at + j];
+          const float scale_b = columns.scale_b[block][i % 2];
+          y[j] = is_scaled ? __uint_as_float(sum) : scale_sum(sum, scales[token + j], scale_b);
+          y[j] = __fadd_rn(y[j], columns.bias[block][i % 2]);
         }
         words[i] = narrow_pair(y[0], y[1], kDType);
       }

@@ -67,7 +67,7 @@ int64_t longest_row(const QuantizeKernel& kernel) {
 const QuantizeKernel& choose(const QuantizeProblem& p) {
   bool has_options =
       p.smooth.data != nullptr || p.rotation != 0 || p.zero_point != nullptr || p.is_static;
-  RowSource source = RowSource::kPlain;
+  RowSource source = p.outlier_mask != nullptr ? RowSource::kOutliers : RowSource::kPlain;
   if (p.norm != Norm::kNone) {
     source = p.norm == Norm::kRms && p.bias.data == nullptr && !has_options ? RowSource::kRms
                                                                             : RowSource::kNorm;
@@ -150,6 +150,7 @@ void quantize(const QuantizeProblem& problem) {
     p.residual_out =
         const_cast<char*>(moved(problem.residual_out, done * problem.stride_or * size));
     p.q = problem.q + done * problem.stride_qr;
+    if (p.outlier_mask != nullptr) p.outlier_mask = problem.outlier_mask + done * p.stride_mask;
     if (!p.is_static) {
       p.scale = problem.scale + done * problem.stride_s;
       if (p.zero_point != nullptr) p.zero_point = problem.zero_point + done * problem.stride_z;

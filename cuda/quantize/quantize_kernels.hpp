@@ -8,9 +8,9 @@
 
 namespace fastq::cuda {
 
-// What comes before the quantisation proper: nothing or relu; another activation; an RMS norm
-// without bias; any norm.
-enum class RowSource { kPlain, kActivation, kRms, kNorm };
+// What comes before the quantisation proper: nothing or relu; nothing, with outliers apart; another
+// activation; an RMS norm without bias; any norm.
+enum class RowSource { kPlain, kOutliers, kActivation, kRms, kNorm };
 
 constexpr int kMaxQuantizeThreads = 1024;  // of a block, which has a row
 

@@ -21,16 +21,15 @@ struct QuantizeTraits {
   static constexpr bool kOptions = kOptions_;
   static constexpr int kVector = kVector_;
   // Whether y is what memory has, but for signs and divisions: then q has no error of its own.
-  static constexpr bool kExact = kSource == RowSource::kPlain;
-  static constexpr bool kMultiplies = kSource == RowSource::kActivation || (kExact && kOptions);
+  static constexpr bool kIsPlain = kSource == RowSource::kPlain;
+  static constexpr bool kExact = kIsPlain || kSource == RowSource::kOutliers;
+  static constexpr bool kMultiplies = kSource == RowSource::kActivation || (kIsPlain && kOptions);
   static constexpr bool kIsNorm = kSource == RowSource::kRms || kSource == RowSource::kNorm;
   // Vectors of a row that each thread has, all in registers; 0: a row of any length.
   static constexpr int kInRegisters = kOptions ? 0 : 4;
   static constexpr int kThreads = kInRegisters > 0 ? 512 : kMaxQuantizeThreads;
   // Vectors that a thread reads at once.
-  static constexpr int kAtATime = kVector == 1                                ? 1
-                                  : kSource == RowSource::kPlain && !kOptions ? 4
-                                                                              : 2;
+  static constexpr int kAtATime = kVector == 1 ? 1 : kExact && !kOptions ? 4 : 2;
   // Single elements may be in a row of any length.
   using Index = std::conditional_t<kVector == 1, int64_t, int>;
   using Floats = float[kVector];
@@ -142,7 +141,8 @@ class QuantizeRow {
         x_(row_of(p_.x, row * p_.stride_xr)),
         up_(row_of(p_.up.data, row * p_.up.stride_m)),
         residual_(row_of(p_.residual.data, row * p_.residual.stride_m)),
-        residual_out_(const_cast<T*>(row_of(p_.residual_out, row * p_.stride_or))) {}
+        residual_out_(const_cast<T*>(row_of(p_.residual_out, row * p_.stride_or))),
+        mask_(p_.outlier_mask + row * p_.stride_mask) {}
 
   // What memory has for y, or for a norm; zeros past the row.
   struct Loaded {
@@ -168,6 +168,7 @@ class QuantizeRow {
 #pragma unroll
       for (float& x : y) x = max_or_nan(x, 0.0f);
     }
+    if constexpr (Traits::kSource == RowSource::kOutliers) take_outliers(at, y);
     if constexpr (Traits::kSource == RowSource::kActivation) {
       activate_quantized(p_.activation, y);
     }
@@ -254,10 +255,35 @@ class QuantizeRow {
     return data == nullptr ? nullptr : static_cast<const T*>(data) + offset;
   }
 
+  // Outliers are flagged, and zero from here on. All lanes of a warp together.
+  __device__ void take_outliers(Index at, Floats& y) const {
+    uint32_t found = 0;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const bool is_outlier = fabsf(y[i]) >= p_.threshold;
+      found |= static_cast<uint32_t>(is_outlier) << i;
+      y[i] = is_outlier ? 0.0f : y[i];
+    }
+    if (p_.stride_mask == 0) {
+      if (found != 0) atomicOr(mask_ + at / 32, found << at % 32);
+      return;
+    }
+    // A byte at a time: by a thread with eight elements, by the first of two or of eight.
+    if constexpr (kVector < 8) {
+#pragma unroll
+      for (int lanes = 1; lanes * kVector < 8; lanes *= 2) {
+        found |= __shfl_down_sync(0xffffffffu, found, lanes) << lanes * kVector;
+      }
+      if (at % 8 != 0) return;
+    }
+    if (at < cols_) reinterpret_cast<uint8_t*>(mask_)[at / 8] = static_cast<uint8_t>(found);
+  }
+
   const QuantizeProblem& p_;
   const Index cols_;
   const T *x_, *up_, *residual_;
   T* residual_out_;
+  uint32_t* mask_;
 };
 
 }  // namespace fastq::cuda

@@ -1,5 +1,6 @@
 // Row-wise INT8 quantisation, and what comes before it in a transformer (see fastq.h):
 //   h = x + residual                                              written, too
+//   y = x without its outliers, whose columns are flagged
 //   y = h, a norm of h, or activation(x) * up
 //   y = y / smooth, each element by its column's
 //   y = y with every `rotation` consecutive elements replaced by their product with the Hadamard
@@ -273,6 +274,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1024 / Traits::kThreads)
     row.normalize();
   }
   int8_t* const q = p.q + index * p.stride_qr;
+  if (Traits::kSource == RowSource::kOutliers && p.cols + threadIdx.x < p.padded_cols) {
+    q[p.cols + threadIdx.x] = 0;
+  }
   if (Traits::kOptions && p.is_static) {
     return row.template store<RowRounding::kStatic>(q, static_scale(*p.scale, p.zero_point));
   }
@@ -311,6 +315,9 @@ bool register_quantize_kernels(DType dtype) {
   add(QuantizeTraits<T, RowSource::kPlain, false, kVector>{});
   add(QuantizeTraits<T, RowSource::kPlain, true, kVector>{});
   add(QuantizeTraits<T, RowSource::kPlain, true, 1>{});
+  add(QuantizeTraits<T, RowSource::kOutliers, false, kVector>{});
+  add(QuantizeTraits<T, RowSource::kOutliers, true, kVector>{});
+  add(QuantizeTraits<T, RowSource::kOutliers, true, 1>{});
   add(QuantizeTraits<T, RowSource::kActivation, false, kVector>{});
   add(QuantizeTraits<T, RowSource::kActivation, true, kVector>{});
   add(QuantizeTraits<T, RowSource::kActivation, true, 1>{});

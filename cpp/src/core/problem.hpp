@@ -38,12 +38,18 @@ struct OutlierSplit {
   // Columns of x that hold outliers, ascending, and how many; on the device.
   const int32_t* columns = nullptr;
   const int32_t* num_columns = nullptr;
+  // CUDA: of the first `capacity` of these columns, x, with zeros for what is no outlier, and the
+  // weights: gathered_x[i * stride_gx + m], gathered_b[i * stride_gb + n].
+  int capacity = 0;
+  const float *gathered_x = nullptr, *gathered_b = nullptr;
+  int64_t stride_gx = 0, stride_gb = 0;
 };
 
 struct Int8GemmProblem {
   int64_t M = 0, N = 0, K = 0;
   const int8_t* a = nullptr;  // a[m * stride_am + k * stride_ak]
   int64_t stride_am = 0, stride_ak = 0;
+  bool a_is_padded = false;   // its rows go on with zeros up to a multiple of 16 bytes
   const int8_t* b = nullptr;  // b[k * stride_bk + n * stride_bn]
   int64_t stride_bk = 0, stride_bn = 0;
   const void* b_packed = nullptr;  // set instead of b for a packed weight
@@ -96,6 +102,14 @@ struct QuantizeProblem {
   bool is_static = false;  // scale and zero_point are one element each, and read
   VectorView smooth;
   int rotation = 0;  // elements of a Hadamard block, a power of two that divides cols; 0: none
+  // Elements from it on, in magnitude, are outliers: they count for nothing in the scale and are
+  // zero in q; 0: none.
+  float threshold = 0;
+  // CUDA: where their columns are flagged, by bit c % 32 of word c / 32. Each row has a mask of its
+  // own, stride_mask words apart, or with stride_mask 0 all add to one.
+  uint32_t* outlier_mask = nullptr;
+  int64_t stride_mask = 0;
+  int64_t padded_cols = 0;  // q's rows go on with zeros up to here
 
   Norm norm = Norm::kNone;
   float eps = 0;

@@ -1,0 +1,92 @@
+// The outliers' part of a product (see fastq.h, llm_int8_matmul), in a thread's eight columns:
+//
+//   y = fma(x[m, k], v[k, n], y)   for the outliers k of row m, in ascending order
+//
+// Elements of a flagged column that are no outliers count as zeros, which leave y as it is. So the
+// bits do not depend on which columns other rows have flagged. The first columns have been
+// gathered, their weights scaled; those past the capacity are read where they lie.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "core/problem.hpp"
+
+namespace fastq::cuda {
+
+struct OutlierParams {
+  OutlierSplit split;
+  const int8_t* b;
+  int64_t stride_bk, stride_bn;
+  VectorView scale_b;
+};
+
+__device__ inline float load_float(const void* data, DType dtype, int64_t offset) {
+  if (dtype == DType::kBFloat16) {
+    return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[offset]);
+  }
+  if (dtype == DType::kFloat16) return __half2float(static_cast<const __half*>(data)[offset]);
+  return static_cast<const float*>(data)[offset];
+}
+
+// x[m, k] where it is an outlier, else 0.
+__device__ inline float outlier(const OutlierSplit& split, int64_t m, int64_t k) {
+  const float x =
+      load_float(split.x.data, split.x.dtype, m * split.x.stride_m + k * split.x.stride_n);
+  return fabsf(x) >= split.threshold ? x : 0.0f;
+}
+
+// Which of the kept columns k is; -1: none.
+__device__ inline int64_t kept_column(const OutlierSplit& split, int64_t k) {
+  int64_t low = 0, high = split.num_kept;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (split.kept_columns[middle * split.stride_columns] < k) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  const bool found = low < split.num_kept && split.kept_columns[low * split.stride_columns] == k;
+  return found ? low : -1;
+}
+
+// v[k, n]; `kept` is kept_column(k).
+__device__ inline float outlier_weight(const OutlierParams& p, int64_t k, int64_t kept, int64_t n) {
+  if (kept >= 0) {
+    const MatrixView& from = p.split.kept;
+    return load_float(from.data, from.dtype, kept * from.stride_m + n * from.stride_n);
+  }
+  const float scale = static_cast<const float*>(p.scale_b.data)[n * p.scale_b.stride];
+  return __fmul_rn(static_cast<float>(p.b[k * p.stride_bk + n * p.stride_bn]), scale);
+}
+
+__device__ inline int outlier_columns(const OutlierParams& p) {
+  return p.split.num_columns == nullptr ? 0 : *p.split.num_columns;
+}
+
+// Of row m and columns n0 to n0 + 7. Apart, as a plain product has none of it.
+__device__ __noinline__ void add_outliers(const OutlierParams& p, int count, int64_t m, int n0,
+                                          int N, float (&y)[8]) {
+  const OutlierSplit& split = p.split;
+#pragma unroll 1
+  for (int c = 0; c < count; ++c) {
+    if (c < split.capacity) {
+      const float x = split.gathered_x[c * split.stride_gx + m];
+      const float* v = split.gathered_b + c * split.stride_gb + n0;  // rows are longer than N
+#pragma unroll
+      for (int i = 0; i < 8; ++i) y[i] = __fmaf_rn(x, v[i], y[i]);
+      continue;
+    }
+    const int64_t k = split.columns[c];
+    const float x = outlier(split, m, k);
+    if (x == 0) continue;
+    const int64_t kept = kept_column(split, k);
+#pragma unroll 1
+    for (int i = 0; i < 8 && n0 + i < N; ++i) {
+      y[i] = __fmaf_rn(x, outlier_weight(p, k, kept, n0 + i), y[i]);
+    }
+  }
+}
+
+}  // namespace fastq::cuda
