@@ -64,14 +64,20 @@ TYPE_ERRORS = {
     "sw has dtype float16, expected float32": lambda g: {"sw": g["sw"].half()},
     "sw has dtype float64, expected float32": lambda g: {"sw": g["sw"].double()},
     "bias has dtype bfloat16, expected float32": lambda g: {"bias": g["bias"].bfloat16()},
-    "outlier_columns has dtype int64, expected int32": lambda g: {
+    "outlier_columns has dtype int64, expected": lambda g: {
         "outlier_columns": g["outlier_columns"].long()
+    },
+    "outlier_columns has dtype float32, expected int32": lambda g: {
+        "outlier_columns": g["outlier_columns"].float()
     },
     f"outlier_weight has dtype int8, expected {FLOATS}": lambda g: {
         "outlier_weight": g["outlier_weight"].char()
     },
-    "outlier_count has dtype int64, expected int32": lambda g: {
+    "outlier_count has dtype int64, expected": lambda g: {
         "outlier_count": g["outlier_count"].long()
+    },
+    "outlier_count has dtype float32, expected int32": lambda g: {
+        "outlier_count": g["outlier_count"].view(torch.float32)
     },
     f"out has dtype int32, expected {FLOATS}": lambda g: {"out": g["out"].int()},
     "out has dtype torch.float32, expected out_dtype = torch.float16": lambda g: {
@@ -116,7 +122,7 @@ VALUE_ERRORS = {
     "bias has shape (), expected (8,)": lambda g: {"bias": g["bias"][0]},
     "only one of outlier_columns and outlier_weight is given": lambda g: {"outlier_columns": None},
     "only one of outlier_columns and outlier_weight is": lambda g: {"outlier_weight": None},
-    "outlier_columns has rank 2, expected": lambda g: {
+    "outlier_columns has shape (1, 3) (rank 2), expected rank 1": lambda g: {
         "outlier_columns": g["outlier_columns"][None]
     },
     "outlier_weight has shape (8, 2), expected (8, 3), (N, C)": lambda g: {
@@ -146,7 +152,7 @@ VALUE_ERRORS = {
         "out": torch.empty(4, 2, 8, device=g["x"].device).transpose(0, 1)
     },
     "out overlaps x in memory": lambda g: {
-        "x": torch.zeros(2, 4, 8, device=g["x"].device).fill_(1.0),
+        "x": torch.ones(2, 4, 8, device=g["x"].device),
         "w": g["w"][:, :8].contiguous(),
         "outlier_columns": None,
         "outlier_weight": None,
