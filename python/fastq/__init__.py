@@ -8,6 +8,7 @@ from . import nn  # noqa: E402
 from ._core import version as _version  # noqa: E402
 from .attention import flash_attention  # noqa: E402
 from .decode import flash_decode, kv_append  # noqa: E402
+from .llm_int8 import llm_int8_matmul  # noqa: E402
 from .ops import (  # noqa: E402
     PackedWeight,
     dequantize,
@@ -43,6 +44,7 @@ __all__ = [
     "int8_gemm",
     "kv_append",
     "layer_norm_quant",
+    "llm_int8_matmul",
     "nn",
     "pack_weight",
     "quantize",

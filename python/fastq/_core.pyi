@@ -143,3 +143,15 @@ def kv_append(
     q: Tensor | None,
     out: Tensor | None,
 ) -> None: ...
+def llm_int8_matmul(
+    x: Tensor,
+    w: Tensor,
+    sw: Tensor,
+    threshold: float,
+    bias: Tensor | None,
+    outlier_columns: Tensor | None,
+    outlier_weight: Tensor | None,
+    w_is_constant: bool,
+    out: Tensor,
+    outlier_count: Tensor | None,
+) -> None: ...

@@ -31,7 +31,7 @@ _is_compiling = torch.compiler.is_compiling
 _OPTIONAL_ARGS = frozenset(
     ("sa", "sb", "bias", "out", "residual", "zero_point", "column_sums", "out_scale")
 )
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class PackedWeight(NamedTuple):
@@ -89,18 +89,18 @@ def check_tensors(op: str, **tensors: Any) -> None:
             )
 
 
-def _check_dtype(op: str, dtype: Any, allowed: tuple[torch.dtype, ...]) -> None:
+def check_dtype(op: str, dtype: Any, allowed: tuple[torch.dtype, ...]) -> None:
     if dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{op}: out_dtype is {dtype}, expected one of {names}")
 
 
-def _check_out_dtype(op: str, out: Any, out_dtype: torch.dtype | None) -> None:
+def check_out_dtype(op: str, out: Any, out_dtype: torch.dtype | None) -> None:
     if out_dtype is not None and isinstance(out, Tensor) and out_dtype != out.dtype:
         raise TypeError(f"{op}: out has dtype {out.dtype}, expected out_dtype = {out_dtype}")
 
 
-def _as_scale(value: Tensor | float | None, like: Tensor) -> Tensor | None:
+def as_scale(value: Tensor | float | None, like: Tensor) -> Tensor | None:
     if isinstance(value, (int, float)) and isinstance(like, Tensor):
         return torch.full((), value, dtype=torch.float32, device=like.device)
     return value
@@ -132,7 +132,7 @@ def _gemm_options(
             )
         if isinstance(b, Tensor) and b.dim() == 2:
             column_sums = b.sum(0, dtype=torch.int32)
-    return residual, activation, zero_point, column_sums, _as_scale(out_scale, a)
+    return residual, activation, zero_point, column_sums, as_scale(out_scale, a)
 
 
 def int8_gemm(
@@ -204,11 +204,11 @@ def int8_gemm(
     if b.__class__ is PackedWeight:
         b, packed_shape = b.data, b.shape
     if sa.__class__ is not Tensor:
-        sa = _as_scale(sa, a)
+        sa = as_scale(sa, a)
     if sb.__class__ is not Tensor:
-        sb = _as_scale(sb, a)
+        sb = as_scale(sb, a)
     if out is not None and out_dtype is not None:
-        _check_out_dtype("int8_gemm", out, out_dtype)
+        check_out_dtype("int8_gemm", out, out_dtype)
     if (
         residual is None
         and activation is None
@@ -247,7 +247,7 @@ def int8_gemm(
         return out
     if out_dtype is None:
         out_dtype = torch.bfloat16 if out_scale is None else torch.int8
-    _check_dtype("int8_gemm", out_dtype, _OUT_DTYPES)
+    check_dtype("int8_gemm", out_dtype, _OUT_DTYPES)
     return int8_gemm_op(a, b, sa, sb, bias, out_dtype, packed_shape, b_is_constant, *options)
 
 
@@ -303,17 +303,17 @@ def dequantize(
         ValueError, TypeError: as :func:`int8_gemm`.
     """
     if s.__class__ is not Tensor:
-        s = _as_scale(s, q)
+        s = as_scale(s, q)
     check_tensors("dequantize", q=q, s=s, out=out)
     direct = is_direct(q, s, out)
     if q.dim() < 1:
         raise ValueError("dequantize: q has shape (), expected (..., K)")
     if out is not None:
-        _check_out_dtype("dequantize", out, out_dtype)
+        check_out_dtype("dequantize", out, out_dtype)
         (dequantize_out_kernel if direct else dequantize_out_op)(q, s, out)
         return out
     out_dtype = torch.bfloat16 if out_dtype is None else out_dtype
-    _check_dtype("dequantize", out_dtype, _FLOAT_DTYPES)
+    check_dtype("dequantize", out_dtype, FLOAT_DTYPES)
     return (dequantize_kernel if direct else dequantize_op)(q, s, out_dtype)
 
 

@@ -63,6 +63,14 @@ _APPEND = (
 _library.define(f"kv_append({_APPEND}) -> ()")
 _library.define(f"kv_append.rotate({_APPEND}, Tensor q) -> Tensor")
 _library.define(f"kv_append.rotate_out({_APPEND}, Tensor q, Tensor(e!) out) -> ()")
+_LLM_INT8 = (
+    "Tensor x, Tensor w, Tensor sw, float threshold, Tensor? bias, Tensor? outlier_columns, "
+    "Tensor? outlier_weight, bool w_is_constant"
+)
+_library.define(f"llm_int8_matmul({_LLM_INT8}, ScalarType out_dtype) -> Tensor")
+_library.define(
+    f"llm_int8_matmul.out({_LLM_INT8}, Tensor(a!) out, Tensor(b!)? outlier_count) -> ()"
+)
 
 
 def gemm_shape(a: Tensor, b: Tensor, packed_shape: Any) -> tuple[int, ...]:
@@ -287,6 +295,79 @@ def _kv_append_rotate_fake(*arguments):
     return q.new_empty(q.shape)
 
 
+def llm_int8_shape(x, w):
+    """The output's shape."""
+    if w.dim() != 2:
+        raise ValueError(f"llm_int8_matmul: w has shape {tuple(w.shape)}, expected (N, K)")
+    if x.dim() < 2:
+        raise ValueError(f"llm_int8_matmul: x has shape {tuple(x.shape)}, expected (..., M, K)")
+    return (*x.shape[:-1], w.shape[0])
+
+
+def _check_llm_int8(x, w, sw, columns, kept):
+    """Raises where the library would name its own operands, b (K, N) and sb, or transpose one."""
+    op = "llm_int8_matmul"
+    llm_int8_shape(x, w)
+    n, k = w.shape
+    if w.dtype != torch.int8:
+        raise TypeError(f"{op}: w has dtype {str(w.dtype).removeprefix('torch.')}, expected int8")
+    if sw.dtype != torch.float32:
+        name = str(sw.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: sw has dtype {name}, expected float32")
+    for name, tensor in (("w", w), ("sw", sw)):
+        if tensor.device != x.device:
+            raise TypeError(f"{op}: {name} is on {tensor.device}, expected {x.device} as x is")
+    torch._check_value(
+        x.shape[-1] == k,
+        lambda: (
+            f"{op}: x has shape {tuple(x.shape)} and w {tuple(w.shape)}; expected x "
+            "(..., M, K) and w (N, K), a linear layer's weight"
+        ),
+    )
+    if sw.numel() != 1 and tuple(sw.shape) not in ((n,), (1, n)):
+        raise ValueError(
+            f"{op}: sw has shape {tuple(sw.shape)}, expected a scalar, ({n},) or (1, {n}) with "
+            f"N = {n}"
+        )
+    if columns is not None and kept is not None and columns.dim() == 1:
+        wanted = (n, columns.shape[0])
+        if tuple(kept.shape) != wanted:
+            raise ValueError(
+                f"{op}: outlier_weight has shape {tuple(kept.shape)}, expected {wanted}, (N, C)"
+            )
+
+
+def llm_int8_matmul_out_kernel(
+    x, w, sw, threshold, bias, columns, kept, w_is_constant, out, outlier_count
+):
+    if x.dim() > 2 and not x.is_contiguous():
+        # The library wants one stride for all rows; this copies where there is none.
+        x = x.flatten(0, -2).view(x.shape)
+    rest = (threshold, bias, columns, kept, w_is_constant, out, outlier_count)
+    try:
+        _core.llm_int8_matmul(x, w, sw, *rest)
+    except (TypeError, ValueError):
+        _check_llm_int8(x, w, sw, columns, kept)
+        raise
+
+
+def llm_int8_matmul_kernel(x, w, *rest):
+    *options, out_dtype = rest
+    out = torch.empty(llm_int8_shape(x, w), dtype=out_dtype, device=x.device)
+    llm_int8_matmul_out_kernel(x, w, *options, out, None)
+    return out
+
+
+def _llm_int8_matmul_out_fake(x, w, sw, threshold, bias, columns, kept, *rest):
+    _check_llm_int8(x, w, sw, columns, kept)
+
+
+def _llm_int8_matmul_fake(x, w, *rest):
+    *options, out_dtype = rest
+    _llm_int8_matmul_out_fake(x, w, *options)
+    return x.new_empty(llm_int8_shape(x, w), dtype=out_dtype)
+
+
 # One registration serves every device: the native library itself tells the devices apart. There
 # are no autograd kernels on purpose: they would cost microseconds a call.
 for _name, _kernel, _fake in (
@@ -310,6 +391,8 @@ for _name, _kernel, _fake in (
     ("kv_append", kv_append_kernel, lambda *args: None),
     ("kv_append.rotate", kv_append_rotate_kernel, _kv_append_rotate_fake),
     ("kv_append.rotate_out", kv_append_rotate_out_kernel, lambda *args: None),
+    ("llm_int8_matmul", llm_int8_matmul_kernel, _llm_int8_matmul_fake),
+    ("llm_int8_matmul.out", llm_int8_matmul_out_kernel, _llm_int8_matmul_out_fake),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastq::{_name}", _fake, lib=_library)
@@ -330,3 +413,5 @@ flash_decode_out_op = torch.ops.fastq.flash_decode.out
 kv_append_op = torch.ops.fastq.kv_append.default
 kv_append_rotate_op = torch.ops.fastq.kv_append.rotate
 kv_append_rotate_out_op = torch.ops.fastq.kv_append.rotate_out
+llm_int8_matmul_op = torch.ops.fastq.llm_int8_matmul.default
+llm_int8_matmul_out_op = torch.ops.fastq.llm_int8_matmul.out

@@ -33,4 +33,5 @@ PYBIND11_MODULE(_core, module) {
   fp::bind_flash_attention(module);
   fp::bind_flash_decode(module);
   fp::bind_kv_append(module);
+  fp::bind_llm_int8_matmul(module);
 }

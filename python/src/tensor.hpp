@@ -61,5 +61,6 @@ void bind_dequantize(py::module_& module);
 void bind_flash_attention(py::module_& module);
 void bind_flash_decode(py::module_& module);
 void bind_kv_append(py::module_& module);
+void bind_llm_int8_matmul(py::module_& module);
 
 }  // namespace fastq_python
