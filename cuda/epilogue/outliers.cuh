@@ -65,9 +65,10 @@ __device__ inline int outlier_columns(const OutlierParams& p) {
   return p.split.num_columns == nullptr ? 0 : *p.split.num_columns;
 }
 
-// Of row m and columns n0 to n0 + 7. Apart, as a plain product has none of it.
-__device__ __noinline__ void add_outliers(const OutlierParams& p, int count, int64_t m, int n0,
-                                          int N, float (&y)[8]) {
+// Of row m and columns n0 to n0 + 7. A call, as few products come here, and the others need the
+// registers.
+static __device__ __noinline__ void add_outliers(const OutlierParams& p, int count, int64_t m,
+                                                 int n0, int N, float (&y)[8]) {
   const OutlierSplit& split = p.split;
 #pragma unroll 1
   for (int c = 0; c < count; ++c) {

@@ -102,8 +102,8 @@ struct QuantizeProblem {
   bool is_static = false;  // scale and zero_point are one element each, and read
   VectorView smooth;
   int rotation = 0;  // elements of a Hadamard block, a power of two that divides cols; 0: none
-  // Elements from it on, in magnitude, are outliers: they count for nothing in the scale and are
-  // zero in q; 0: none.
+  // Elements of a plain x (as it is, no step above) from it on, in magnitude, are outliers: they
+  // count for nothing in the scale and are zero in q; 0: none.
   float threshold = 0;
   // CUDA: where their columns are flagged, by bit c % 32 of word c / 32. Each row has a mask of its
   // own, stride_mask words apart, or with stride_mask 0 all add to one.
