@@ -48,8 +48,9 @@ struct Backend {
   size_t (*flash_decode_workspace_size)(const FlashDecodeProblem&);
   void (*flash_decode)(const FlashDecodeProblem&, Workspace& workspace);
   void (*kv_append)(const KvAppendProblem&);
-  size_t (*llm_int8_matmul_workspace_size)(const LlmInt8MatmulProblem&);
-  void (*llm_int8_matmul)(const LlmInt8MatmulProblem&, Workspace& workspace);
+  // Null where the device has no such kernel.
+  size_t (*llm_int8_matmul_workspace_size)(const LlmInt8MatmulProblem&) = nullptr;
+  void (*llm_int8_matmul)(const LlmInt8MatmulProblem&, Workspace& workspace) = nullptr;
 };
 
 // Called once per backend from a static initialiser; must not touch a device.

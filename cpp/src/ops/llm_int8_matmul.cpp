@@ -146,6 +146,15 @@ void check_columns(const LlmInt8MatmulProblem& p) {
   }
 }
 
+const Backend& backend_of(const TensorView& x) {
+  const Backend& backend = backend_for(device_of(x), kOp);
+  if (backend.llm_int8_matmul == nullptr) {
+    not_implemented(std::string(kOp) + ": x is on " + device_name(x) +
+                    ", expected a CPU tensor; there is no kernel for this device yet");
+  }
+  return backend;
+}
+
 // Nothing where there is nothing to write.
 std::optional<LlmInt8MatmulProblem> checked(const Arguments& call) {
   check_tensors(call);
@@ -188,7 +197,7 @@ std::optional<LlmInt8MatmulProblem> checked(const Arguments& call) {
 size_t llm_int8_matmul_workspace_size(const fastq_llm_int8_matmul_args& caller) {
   const Arguments call(caller);
   const std::optional<LlmInt8MatmulProblem> p = checked(call);
-  return p ? backend_for(device_of(call.args.x), kOp).llm_int8_matmul_workspace_size(*p) : 0;
+  return p ? backend_of(call.args.x).llm_int8_matmul_workspace_size(*p) : 0;
 }
 
 void llm_int8_matmul(const fastq_llm_int8_matmul_args& caller) {
@@ -197,7 +206,7 @@ void llm_int8_matmul(const fastq_llm_int8_matmul_args& caller) {
   if (!p) return;
   const fastq_llm_int8_matmul_args& args = call.args;
   Workspace workspace(args.workspace, args.workspace_size, args.allocate, args.allocate_context);
-  backend_for(device_of(args.x), kOp).llm_int8_matmul(*p, workspace);
+  backend_of(args.x).llm_int8_matmul(*p, workspace);
 }
 
 }  // namespace fastq
