@@ -10,6 +10,7 @@ Rounding is straight through: this is the gradient of the dequantised layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -44,22 +45,23 @@ def _linear_input_gradient(
     rotation: int,
 ) -> Tensor:
     n, k = w.shape
-    rows = dy.reshape(-1, n)
+    rows = dy.reshape(math.prod(dy.shape[:-1]), n)
     dx = rows.new_empty(rows.shape[0], k)
-    step = columns_at_a_time(n, k, dy.element_size())
+    step = max(columns_at_a_time(n, k, dy.element_size()), 1)
     part = rows.new_empty(n, step)
-    for start in range(0, k, max(step, 1)):
-        stop = min(start + step, k)
-        weight = part[:, : stop - start]
-        torch.mul(w[:, start:stop], sw[:, None], out=weight)  # float32, rounded once
-        if rotation == 0:
-            torch.mm(rows, weight, out=dx[:, start:stop])
-        else:
-            # x was multiplied by H, which is symmetric.
-            rotated = torch.mm(rows, weight).view(-1, rotation)
-            dx[:, start:stop] = (rotated @ hadamard(rotation, dx)).view(-1, stop - start)
-    if columns is not None:
-        dx.index_copy_(1, columns.long(), rows @ kept.to(dy.dtype))
+    h = hadamard(rotation, dx) if rotation != 0 else None
+    with torch.autocast(dy.device.type, enabled=False):
+        for start in range(0, k, step):
+            stop = min(start + step, k)
+            weight = part[:, : stop - start]
+            torch.mul(w[:, start:stop], sw[:, None], out=weight)  # float32, rounded once
+            if h is None:
+                torch.mm(rows, weight, out=dx[:, start:stop])
+            else:  # x was multiplied by H, which is symmetric
+                rotated = torch.mm(rows, weight).view(-1, rotation)
+                dx[:, start:stop] = torch.mm(rotated, h).view(-1, stop - start)
+        if columns is not None:
+            dx.index_copy_(1, columns.long(), torch.mm(rows, kept.to(dy.dtype)))
     if smooth is not None:
         dx *= 1 / smooth
     return dx.view(*dy.shape[:-1], k)

@@ -232,7 +232,7 @@ class Int8Linear(FrozenLinear):
         for start in range(0, self.in_features, 1024):
             stop = min(start + 1024, self.in_features)
             rows = torch.zeros(stop - start, self.in_features, dtype=torch.int8)
-            rows[:, start:stop].fill_diagonal_(1)
+            rows[:, start:stop] = torch.eye(stop - start, dtype=torch.int8)
             columns = int8_gemm(rows, packed, None, None, out_dtype=torch.int32)
             weight[:, start:stop] = columns.t()
         return weight

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..llm_int8 import llm_int8_matmul
 from ..quantize_ops import quantize_per_channel
-from .frozen_linear import FLOATS, FrozenLinear, autocast, check_linear, needs_gradient
+from .frozen_linear import FrozenLinear, autocast, check_linear, needs_gradient
 from .input_gradient import with_input_gradient
 
 _ROW_BYTES = 16  # what the CUDA kernels want rows to begin at multiples of
@@ -221,10 +221,17 @@ class OutlierLinear(FrozenLinear):
         error_msgs: list[str],
     ) -> None:
         before = (self.outlier_columns, self.outlier_weight)
+        names = ("outlier_columns", "outlier_weight")
+        columns, kept = (state_dict.get(prefix + name) for name in names)
         if prefix + "weight" in state_dict:
-            self._make_room(
-                *(state_dict.get(prefix + name) for name in ("outlier_columns", "outlier_weight"))
-            )
+            if not self._fit(columns, kept):
+                shapes = [None if t is None else tuple(t.shape) for t in (columns, kept)]
+                error_msgs.append(
+                    f"OutlierLinear: {prefix}outlier_columns and outlier_weight have shapes "
+                    f"{shapes[0]} and {shapes[1]}, expected (C,) and ({self.out_features}, C)"
+                )
+                return  # with everything as it was
+            self._make_room(columns, kept)
         errors = len(error_msgs)
         super()._load_from_state_dict(
             state_dict,
@@ -239,17 +246,18 @@ class OutlierLinear(FrozenLinear):
             self.outlier_columns, self.outlier_weight = before
         self._pad()
 
+    def _fit(self, columns: Tensor | None, kept: Tensor | None) -> bool:
+        if columns is None or kept is None:
+            return columns is kept
+        return columns.dim() == 1 and kept.shape == (self.out_features, columns.shape[0])
+
     def _make_room(self, columns: Tensor | None, kept: Tensor | None) -> None:
         """Buffers for the columns of a state: how many there are differs from one to the other."""
-        device = self.weight_scale.device
-        both = columns is not None and kept is not None and kept.dtype in FLOATS
-        if not both or kept.shape != (self.out_features, *columns.shape):
-            columns = kept = None  # what there is counts as unexpected
-        self.outlier_columns = None
-        self.outlier_weight = None
-        if columns is not None and kept is not None:
-            self.outlier_columns = torch.empty(columns.shape, dtype=torch.int32, device=device)
-            self.outlier_weight = torch.empty(kept.shape, dtype=kept.dtype, device=device)
+        for name, loaded in (("outlier_columns", columns), ("outlier_weight", kept)):
+            buffer = None
+            if loaded is not None:
+                buffer = torch.empty_like(loaded, device=self.weight_scale.device)
+            self._buffers[name] = buffer
 
     def extra_repr(self) -> str:
         columns = self.outlier_columns
