@@ -47,8 +47,8 @@ def llm_int8_matmul(
 
     The integer sum is exact; all else is float32 in this order, each operation rounded once. So the
     bits are the same on every device, and a row's do not depend on the batch it came in, nor on the
-    other rows' outliers. A NaN makes its row NaN, and so does an Inf where threshold is 0; elsewhere
-    an Inf is an outlier.
+    other rows' outliers. A NaN makes its row NaN, and so does an Inf where threshold is 0; else an
+    Inf is an outlier.
 
     Nothing is read back from the device, so a CUDA graph may be replayed with other outliers. CUDA
     gathers the columns that hold any, 64 at the most; more are right, too, but slower.

@@ -307,6 +307,7 @@ def llm_int8_shape(x, w):
 def _check_llm_int8(x, w, sw, columns, kept):
     """Raises where the library would name its own operands, b (K, N) and sb, or transpose one."""
     op = "llm_int8_matmul"
+    llm_int8_shape(x, w)
     n, k = w.shape
     if w.dtype != torch.int8:
         raise TypeError(f"{op}: w has dtype {str(w.dtype).removeprefix('torch.')}, expected int8")
@@ -358,7 +359,6 @@ def llm_int8_matmul_kernel(x, w, *rest):
 
 
 def _llm_int8_matmul_out_fake(x, w, sw, threshold, bias, columns, kept, *rest):
-    llm_int8_shape(x, w)
     _check_llm_int8(x, w, sw, columns, kept)
 
 

@@ -106,6 +106,7 @@ FIRST_CALLS = """
         problems.append((a, w.t(), torch.rand(M, device=device), torch.rand(N, device=device)))
     x = torch.randn(50, 1000, device=device, dtype=torch.bfloat16)
     scale, ones = torch.tensor(0.1, device=device), torch.ones(1000, device=device)
+    w = torch.randint(-128, 128, (300, 1000), dtype=torch.int8, device=device)
 
     def work():
         out = [fastq.int8_gemm(*p, out_dtype=torch.half) for p in problems]
@@ -118,6 +119,11 @@ FIRST_CALLS = """
             out += fastq.layer_norm_quant(x, x[0], **options)
             out += fastq.silu_mul_quant(x, x, **options)
             out += fastq.quantize_per_token(x, smooth=ones, **options)
+        for rows in (1, 16, 50):
+            for dtype in (torch.bfloat16, torch.half, torch.float):
+                for threshold in (0, 2, 6):  # all columns hold an outlier of 2, in 50 rows
+                    few = x[:rows].to(dtype)
+                    out.append(fastq.llm_int8_matmul(few, w, scale, threshold=threshold))
         q, s = fastq.quantize_per_token(x)
         return [*out, q, s, fastq.dequantize(q, s, out_dtype=torch.half)]
 

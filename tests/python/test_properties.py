@@ -8,6 +8,7 @@ import torch
 
 import fastq
 import reference
+from llm_int8_formula import Problem, count_columns, llm_int8_matmul, random_kept, random_problem
 from operands import (
     FLOAT_DTYPES,
     LAYOUTS,
@@ -108,6 +109,39 @@ def test_options_of_int8_gemm(
     else:
         bounds = reference.int8_gemm_bounds(a, b, sa, sb, out_dtype=out_dtype, **before)
         reference.assert_between(got, bounds)
+
+
+@settings
+@hypothesis.given(
+    M=sizes,
+    N=sizes,
+    K=sizes,
+    dtype=strategies.sampled_from(FLOAT_DTYPES),
+    out_dtype=strategies.sampled_from(FLOAT_DTYPES),
+    layout=strategies.tuples(layouts, layouts, layouts, layouts),
+    threshold=strategies.sampled_from([0.0, 2.0, 6.0]),
+    outliers=strategies.sampled_from([0, 1, 9, 64, 200]),
+    kept=strategies.sampled_from([None, 0, 5, 80]),
+    has_bias=strategies.booleans(),
+    seed=seeds,
+)
+def test_llm_int8_matmul(
+    device, M, N, K, dtype, out_dtype, layout, threshold, outliers, kept, has_bias, seed
+):
+    problem = random_problem(M, N, K, device=device, dtype=dtype, columns=outliers, seed=seed)
+    options = {"threshold": threshold}
+    if kept is not None:
+        columns = torch.randperm(K, generator=torch.Generator().manual_seed(seed))[:kept]
+        options |= random_kept(problem, columns, dtype=dtype)
+        options["outlier_weight"] = in_layout(options["outlier_weight"], layout[0])
+    if has_bias:
+        options["bias"] = random_floats(N, device=device, dtype=out_dtype, seed=seed)
+    problem = Problem(in_layout(problem.x, layout[1]), in_layout(problem.w, layout[2]), problem.sw)
+    out = in_layout(torch.zeros(M, N, dtype=out_dtype, device=device), layout[3])
+    count = torch.full((), -1, dtype=torch.int32, device=device)
+    fastq.llm_int8_matmul(*problem, out=out, outlier_count=count, **options)
+    reference.assert_same(out, llm_int8_matmul(*problem, out_dtype=out_dtype, **options))
+    assert count.item() == count_columns(problem.x, threshold)
 
 
 @settings

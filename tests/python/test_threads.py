@@ -12,6 +12,7 @@ import torch
 
 import fastq
 import reference
+from llm_int8_formula import llm_int8_matmul, random_problem
 from operands import random_gemm
 
 CPU = torch.device("cpu")
@@ -65,6 +66,9 @@ def test_results_do_not_depend_on_the_number(num_threads, count):
     q, s = fastq.quantize_per_token(x)
     reference.assert_same(q, expected_q)
     reference.assert_same(s[:, 0], expected_s)
+    for shape in ((1, 4000, 512), (40, 600, 256), (300, 200, 300)):
+        problem = random_problem(*shape, device=CPU, columns=70)
+        reference.assert_same(fastq.llm_int8_matmul(*problem), llm_int8_matmul(*problem))
 
 
 def test_callers_side_by_side(num_threads):
