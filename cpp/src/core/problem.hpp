@@ -96,6 +96,9 @@ struct QuantizeProblem {
   bool is_static = false;  // scale and zero_point are one element each, and read
   VectorView smooth;
   int rotation = 0;  // elements of a Hadamard block, a power of two that divides cols; 0: none
+  // Elements of a plain x (as it is, no step above) from it on, in magnitude, are outliers: they
+  // count for nothing in the scale and are zero in q; 0: none.
+  float threshold = 0;
 
   Norm norm = Norm::kNone;
   float eps = 0;

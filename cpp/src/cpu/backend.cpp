@@ -10,6 +10,7 @@
 #include "cpu/int8_gemm/pack.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/kv_append/kv_append.hpp"
+#include "cpu/llm_int8_matmul/llm_int8_matmul.hpp"
 #include "cpu/quantize/quantize.hpp"
 #include "cpu/thread_pool.hpp"
 
@@ -36,7 +37,9 @@ const Backend kBackend = {int8_gemm_workspace_size,
                           flash_attention,
                           flash_decode_workspace_size,
                           flash_decode,
-                          kv_append};
+                          kv_append,
+                          llm_int8_matmul_workspace_size,
+                          llm_int8_matmul};
 
 [[maybe_unused]] const bool registered = register_backend(DeviceType::kCpu, kBackend);
 

@@ -1,6 +1,7 @@
 // From one tile of int32 sums to output:
 //
-//   y = f32(acc - zero_point * column_sum) * scale_a * scale_b, + bias, activation, + residual
+//   y = f32(acc - zero_point * column_sum) * scale_a * scale_b, + outliers (see outliers.hpp),
+//       + bias, activation, + residual
 //
 // each operation rounded, then round_to(out dtype, y), or y / out_scale rounded to int8.
 //
@@ -11,14 +12,9 @@
 #include "cpu/activation.hpp"
 #include "cpu/float_rows.hpp"
 #include "cpu/int8_gemm/kernels.hpp"
+#include "cpu/int8_gemm/outliers.hpp"
 
 namespace fastq::cpu {
-
-static inline void load_tile_row(const void* data, DType dtype, int64_t first, int64_t stride,
-                                 int count, float* dst) {
-  load_floats(data, dtype, first, stride, count, dst);
-  for (int i = count; i < kTileN; ++i) dst[i] = 0.0f;
-}
 
 static inline void load_tile_vector(const VectorView& v, int64_t first, int count, float* dst) {
   load_tile_row(v.data, v.dtype, first * v.stride, v.stride, count, dst);
@@ -118,6 +114,14 @@ static inline void store_tile_row(const Int8GemmProblem& p, int64_t m, int64_t n
   for (int c = 0; c < cols; ++c) out[c * p.stride_on] = q[c];
 }
 
+// What follows the bias.
+static inline void finish_row(const Int8GemmProblem& p, int64_t m, int64_t n0, int cols,
+                              float* row) {
+  activate<kTileN>(p.activation, row);
+  if (p.residual.data != nullptr) add_residual(p, m, n0, cols, row);
+  store_tile_row(p, m, n0, cols, row);
+}
+
 // With any option besides scales and bias. Apart from the plain path, which it must not slow down.
 [[gnu::noinline]] static void write_tile_with_options(const Int8GemmProblem& p, int64_t m0,
                                                       int rows, int64_t n0, int cols,
@@ -138,9 +142,29 @@ static inline void store_tile_row(const Int8GemmProblem& p, int64_t m, int64_t n
     }
     const float scale_a = load_float(p.scale_a.data, p.scale_a.dtype, m * p.scale_a.stride);
     scale_row(sums, scale_a, scale_b, p.bias.data != nullptr ? bias : nullptr, row);
-    activate<kTileN>(p.activation, row);
-    if (p.residual.data != nullptr) add_residual(p, m, n0, cols, row);
-    store_tile_row(p, m, n0, cols, row);
+    finish_row(p, m, n0, cols, row);
+  }
+}
+
+// The same with outliers, whose weights all rows of the tile share. They come with no zero point,
+// and with a float out.
+[[gnu::noinline]] static void write_tile_with_outliers(const Int8GemmProblem& p, int64_t m0,
+                                                       int rows, int64_t n0, int cols,
+                                                       const int32_t* acc) {
+  alignas(64) float scale_b[kTileN], bias[kTileN], tile[kTileM * kTileN];
+  load_tile_vector(p.scale_b, n0, cols, scale_b);
+  for (int r = 0; r < rows; ++r) {
+    const float scale_a = load_float(p.scale_a.data, p.scale_a.dtype, (m0 + r) * p.scale_a.stride);
+    scale_row(acc + r * kTileN, scale_a, scale_b, nullptr, tile + r * kTileN);
+  }
+  add_outliers(p, m0, rows, n0, cols, scale_b, tile);
+  if (p.bias.data != nullptr) load_tile_vector(p.bias, n0, cols, bias);
+  for (int r = 0; r < rows; ++r) {
+    float* const row = tile + r * kTileN;
+    if (p.bias.data != nullptr) {
+      for (int c = 0; c < kTileN; ++c) row[c] += bias[c];
+    }
+    finish_row(p, m0 + r, n0, cols, row);
   }
 }
 
@@ -151,6 +175,7 @@ static inline bool has_options(const Int8GemmProblem& p) {
 
 static void write_tile(const Int8GemmProblem& p, int64_t m0, int rows, int64_t n0, int cols,
                        const int32_t* acc) {
+  if (has_outliers(p)) return write_tile_with_outliers(p, m0, rows, n0, cols, acc);
   if (has_options(p)) return write_tile_with_options(p, m0, rows, n0, cols, acc);
   if (p.out_dtype == DType::kInt32) {
     for (int r = 0; r < rows; ++r) write_int32_row(p, m0 + r, n0, cols, acc + r * kTileN);

@@ -82,8 +82,9 @@ template <class Values>
 }
 
 void quantize_rows(const QuantizeProblem& p, int64_t first, int64_t last) {
-  const auto quantize =
-      PlainValues::suffice(p) ? quantize_rows_of<PlainValues> : quantize_rows_of<ComputedValues>;
+  const auto quantize = p.threshold > 0           ? quantize_rows_of<InlierValues>
+                        : PlainValues::suffice(p) ? quantize_rows_of<PlainValues>
+                                                  : quantize_rows_of<ComputedValues>;
   quantize(p, first, last);
 }
 

@@ -62,6 +62,30 @@ class PlainValues {
   alignas(64) float run_[kQuantizeRun];
 };
 
+// x as it is, with zeros for its outliers.
+class InlierValues {
+ public:
+  explicit InlierValues(const QuantizeProblem& p) : p_(p) {}
+
+  void begin(int64_t row) { row_ = row; }
+
+  const float* first_look(int64_t column, int64_t count) {
+    load_floats(p_.x, p_.x_dtype, row_ * p_.stride_xr + column * p_.stride_xc, p_.stride_xc, count,
+                run_);
+    const float threshold = p_.threshold;  // a NaN is below any
+    for (int64_t i = 0; i < count; ++i) {
+      run_[i] = __builtin_fabsf(run_[i]) >= threshold ? 0.0f : run_[i];
+    }
+    return run_;
+  }
+  const float* next_look(int64_t column, int64_t count) { return first_look(column, count); }
+
+ private:
+  const QuantizeProblem& p_;
+  int64_t row_ = 0;
+  alignas(64) float run_[kQuantizeRun];
+};
+
 // y of every other problem.
 class ComputedValues {
  public:
