@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..torch_library import dequantize_out_kernel
+
 # Of one part of the weight in the compute dtype: an eighth of it, or this where that is more.
 _LEAST_BYTES = 4 << 20
 _COLUMNS = 64  # a part is a multiple of this, and so of any rotation
@@ -54,7 +56,7 @@ def _linear_input_gradient(
         for start in range(0, k, step):
             stop = min(start + step, k)
             weight = part[:, : stop - start]
-            torch.mul(w[:, start:stop], sw[:, None], out=weight)  # float32, rounded once
+            dequantize_out_kernel(w[:, start:stop], sw, weight)
             if h is None:
                 torch.mm(rows, weight, out=dx[:, start:stop])
             else:  # x was multiplied by H, which is symmetric
