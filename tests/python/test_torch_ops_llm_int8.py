@@ -69,6 +69,20 @@ def test_compile_fullgraph(device, dynamic):
     torch._dynamo.reset()
 
 
+def test_compile_with_a_threshold_that_changes(device):
+    """Another number may compile again, but gives its own result."""
+
+    def product(x, w, sw, threshold):
+        return fastq.llm_int8_matmul(x, w, sw, threshold=threshold)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
+    problem = random_problem(6, 8, 16, device=device, columns=3)
+    for threshold in (6.0, 2.5, 0.0, 3, 1.25):
+        assert torch.equal(compiled(*problem, threshold), product(*problem, threshold))
+    torch._dynamo.reset()
+
+
 def test_compile_with_inductor(device):
     """The default backend; on a GPU with CUDA graphs."""
     skip_without_inductor(device)
