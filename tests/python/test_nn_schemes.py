@@ -79,10 +79,10 @@ def test_state_dict(device, kind):
 @pytest.mark.parametrize(
     ("saved", "own", "message"),
     [
-        ({}, KINDS["static"], "has no input_scale, expected one"),
-        (KINDS["static"], {}, "has a input_scale, expected none"),
-        (KINDS["smooth"], {}, "has a smooth, expected none"),
-        ({}, KINDS["smooth"], "has no smooth, expected one"),
+        ({}, KINDS["static"], "weight comes without input_scale, expected one"),
+        (KINDS["static"], {}, "weight comes with input_scale, expected none"),
+        (KINDS["smooth"], {}, "weight comes with smooth, expected none"),
+        ({}, KINDS["smooth"], "weight comes without smooth, expected one"),
     ],
     ids=str,
 )

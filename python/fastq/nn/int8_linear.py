@@ -215,7 +215,7 @@ class Int8Linear(FrozenLinear):
         return scale.to(device, torch.float32, copy=True).reshape(())
 
     def _checked_smooth(self, smooth: Tensor, device: torch.device) -> Tensor:
-        smooth = smooth.detach().to(device, torch.float32, copy=True)
+        smooth = torch.as_tensor(smooth).detach().to(device, torch.float32, copy=True)
         if smooth.shape != (self.in_features,):
             raise ValueError(
                 f"Int8Linear: smooth has shape {tuple(smooth.shape)}, expected "
@@ -297,10 +297,8 @@ class Int8Linear(FrozenLinear):
             )
         for name, own in (("input_scale", self.input_scale), ("smooth", self.smooth)):
             if (prefix + name in state_dict) != (own is not None):
-                has, wanted = ("no", "one") if own is not None else ("a", "none")
-                return (
-                    f"Int8Linear: the state of {prefix}weight has {has} {name}, expected {wanted}"
-                )
+                how, wanted = ("without", "one") if own is not None else ("with", "none")
+                return f"Int8Linear: {prefix}weight comes {how} {name}, expected {wanted}"
         return None
 
     def extra_repr(self) -> str:
