@@ -1,4 +1,4 @@
-"""``Linear8bitLt`` with the constructor and the state dict of bitsandbytes' (0.37 to 0.50)."""
+"""``Linear8bitLt`` with the constructor and the state dict of bitsandbytes 0.50."""
 
 from __future__ import annotations
 
