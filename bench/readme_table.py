@@ -15,6 +15,10 @@ from . import int8_gemm_summary
 from .flash_decode import COPY, INT8
 from .int8_gemm_cases import BF16_MM, INT_MM, QLINEAR
 from .int8_gemm_summary import PACKED, QUANTIZED
+from .int8_linear_backward import DEQUANTISED
+from .int8_linear_backward import FLOAT as MM
+from .int8_linear_backward import OURS as BACKWARD
+from .llm_int8 import BITSANDBYTES, FLOAT, KEPT, OURS, SPLIT
 from .quantize import OPS as QUANTIZE_OPS
 from .results import REPOSITORY, RESULTS, newest
 
@@ -204,6 +208,53 @@ def append_table(lines: list[Line]) -> list[str]:
     return ["`kv_append`, with rotation of q and k:", "", *table([*head, "× torch"], rows)]
 
 
+def llm_int8_tables(lines: list[Line]) -> list[str]:
+    """Of both sets of shapes: ours, its peers in the same kind of timing, and how far ahead."""
+    text = []
+    names = {OURS: "µs", KEPT: "kept µs", SPLIT: "W8A8 µs", FLOAT: "16-bit µs"}
+    for tag in dict.fromkeys(line["tag"] for line in lines):
+        rows = []
+        for (m, n, k), cases in by_shape([x for x in lines if x["tag"] == tag]).items():
+            ours, theirs = cases[OURS], cases.get(f"{BITSANDBYTES}[eager]")
+            rows.append(
+                {
+                    "M × N × K": f"{m} × {n} × {k}",
+                    **{head: microseconds(cases.get(name)) for name, head in names.items()},
+                    "× W8A8": speedup(ours, cases.get(SPLIT)),
+                    "× 16-bit": speedup(ours, cases.get(FLOAT)),
+                    "eager µs": microseconds(cases.get(f"{OURS}[eager]")),
+                    "bitsandbytes µs": microseconds(theirs),
+                    "eager × bitsandbytes": speedup(cases.get(f"{OURS}[eager]"), theirs),
+                }
+            )
+        head = [name for name in rows[0] if any(row[name] for row in rows)]
+        text += [f"`llm_int8_matmul`, 0.1 % of the columns outliers ({tag}):", ""]
+        text += table(head, [[row[name] for name in head] for row in rows])
+    return text
+
+
+def backward_table(lines: list[Line]) -> list[str]:
+    """Microseconds, and the memory that a call holds beside its output."""
+    rows = []
+    for shape, cases in by_shape(lines).items():
+        ours, whole, plain = (cases[name] for name in (BACKWARD, DEQUANTISED, MM))
+        memory = [
+            "" if line["temporary_bytes"] is None else f"{line['temporary_bytes'] / 2**20:,.1f}"
+            for line in (ours, whole)
+        ]
+        rows.append(
+            [
+                " × ".join(str(size) for size in shape),
+                *(microseconds(line) for line in (ours, whole, plain)),
+                speedup(ours, whole),
+                *memory,
+            ]
+        )
+    head = ["M × N × K", "µs", "dequantised first µs", "16-bit `mm` µs", "× dequantised first"]
+    head += ["MiB held", "dequantised first"]
+    return ["The input's gradient through a frozen INT8 weight:", "", *table(head, rows)]
+
+
 def read(folder: Path, op: str) -> list[Line]:
     path = folder / f"{op}.jsonl"
     return list(newest(path).values()) if path.exists() else []
@@ -213,7 +264,8 @@ def section(folder: Path) -> list[str]:
     """The tables of one device."""
     ops = ("int8_gemm", "flash_attention", "flash_decode", "kv_append", "quantize", "call_overhead")
     gemm, attention, decode, append, quantize, overhead = (read(folder, op) for op in ops)
-    lines = gemm + attention + decode + append + quantize + overhead
+    llm_int8, backward = (read(folder, op) for op in ("llm_int8", "int8_linear_backward"))
+    lines = gemm + llm_int8 + backward + attention + decode + append + quantize + overhead
     if not lines:
         return []
     last = max(lines, key=lambda line: line["time"])
@@ -221,6 +273,10 @@ def section(folder: Path) -> list[str]:
     text = [f"**{last['device']}**{threads}, torch {last['torch']}, {last['time'][:10]}", ""]
     if gemm:
         text += gemm_tables(gemm)
+    if llm_int8:
+        text += llm_int8_tables(llm_int8)
+    if backward:
+        text += backward_table(backward)
     if attention:
         text += attention_table(attention)
     if decode:

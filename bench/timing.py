@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import math
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,9 @@ import torch
 import fastq
 from fastq.graph_timer import NOT_CAPTURED, Calls, GraphTimer, sample_in_turns
 
-__all__ = ["NOT_CAPTURED", "Calls", "Timing", "copies", "measure", "quantiles"]
+__all__ = ["EAGER", "NOT_CAPTURED", "Calls", "Timing", "copies", "measure", "quantiles"]
+
+EAGER = "eager"
 
 
 class Timing(NamedTuple):
@@ -56,10 +59,24 @@ def copies(bytes_each: int, device: torch.device) -> int:
     return min(max(2, math.ceil(wanted / max(bytes_each, 1))), 256)
 
 
-def measure(candidates: dict[str, Calls], device: torch.device, rounds: int) -> dict[str, Timing]:
-    """Times every candidate, in turns."""
+class EagerTimer(GraphTimer):
+    """Calls one after the other without a graph: a short one takes as long as the host needs."""
+
+    def _capture(self, calls: Calls) -> str:
+        self.count = len(calls)
+        self.replay = lambda: [call() for call in calls]
+        return EAGER
+
+
+def measure(
+    candidates: dict[str, Calls],
+    device: torch.device,
+    rounds: int,
+    eager: Collection[str] = (),
+) -> dict[str, Timing]:
+    """Times every candidate, in turns; on a GPU as CUDA graphs, but for those named `eager`."""
     if device.type == "cuda":
-        return _measure_cuda(candidates, rounds)
+        return _measure_cuda(candidates, rounds, eager)
     return _measure_cpu(candidates, rounds)
 
 
@@ -105,8 +122,13 @@ def _measure_cpu(candidates: dict[str, Calls], rounds: int) -> dict[str, Timing]
     return {name: quantiles(values, "perf_counter") for name, values in samples.items()}
 
 
-def _measure_cuda(candidates: dict[str, Calls], rounds: int) -> dict[str, Timing]:
+def _measure_cuda(
+    candidates: dict[str, Calls], rounds: int, eager: Collection[str]
+) -> dict[str, Timing]:
     pool = torch.cuda.graph_pool_handle()
-    graphs = {name: GraphTimer(calls, pool) for name, calls in candidates.items()}
+    graphs = {
+        name: (EagerTimer if name in eager else GraphTimer)(calls, pool)
+        for name, calls in candidates.items()
+    }
     samples = sample_in_turns(graphs, rounds)
     return {name: quantiles(values, graphs[name].timer) for name, values in samples.items()}

@@ -105,7 +105,7 @@ def test_buffers_and_repr(device):
     assert module.weight.shape == (37, 100)
     assert module.weight_scale.shape == module.bias.shape == (37,)
     assert module.weight_scale.dtype == module.bias.dtype == torch.float32
-    assert repr(module) == "Int8Linear(in_features=100, out_features=37, bias=True)"
+    assert repr(module) == "Int8Linear(in_features=100, out_features=37, bias=True, scheme=w8a8)"
     weight, weight_scale = reference.quantize(make().weight)
     reference.assert_same(module.weight, weight)
     reference.assert_same(module.weight_scale, weight_scale)
@@ -236,13 +236,22 @@ class TestBadInput:
         with pytest.raises(TypeError, match=f"x has dtype {dtype}, expected one of float32"):
             Int8Linear(4, 3)(torch.ones(2, 4, dtype=dtype))
 
-    def test_requires_grad(self, device):
-        module = Int8Linear.from_float(make(device=device))
-        x = torch.randn(2, 100, device=device, requires_grad=True)
-        with pytest.raises(ValueError, match="x requires grad, and Int8Linear has no gradient"):
-            module(x)
-        with torch.no_grad():
-            assert module(x).shape == (2, 37)
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"scheme": "w8a16"}, "scheme is 'w8a16', expected 'w8a8' or 'w8a8_static'"),
+            ({"scheme": "w8a8_static"}, "input_scale is None, expected a positive number"),
+            ({"input_scale": 0.1}, "input_scale is 0.1, expected None with scheme='w8a8'"),
+            ({"scheme": "w8a8_static", "input_scale": 0.0}, "expected one positive number"),
+            ({"scheme": "w8a8_static", "input_scale": torch.ones(2)}, "expected one positive"),
+            ({"smooth": torch.ones(99)}, r"smooth has shape \(99,\), expected \(100,\)"),
+            ({"smooth": torch.zeros(100)}, "smooth has elements that are not positive and finite"),
+        ],
+        ids=str,
+    )
+    def test_from_float_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            Int8Linear.from_float(make(), **options)
 
     @pytest.mark.cuda
     @pytest.mark.parametrize(("here", "there"), [("cpu", "cuda"), ("cuda", "cpu")])

@@ -58,7 +58,7 @@ def test_buffers_and_repr(device):
     assert module.rotation.item() == 32
     assert module.rotation.device == module.weight.device
     assert list(module.state_dict()) == ["weight", "weight_scale", "bias", "rotation"]
-    expected = "Int8Linear(in_features=96, out_features=40, bias=True, rotation=32)"
+    expected = "Int8Linear(in_features=96, out_features=40, bias=True, scheme=w8a8, rotation=32)"
     assert repr(module) == expected
     weight, weight_scale = reference.quantize(make(96, 40).weight, 32)
     reference.assert_same(module.weight, weight)

@@ -77,6 +77,13 @@ def test_package_is_typed() -> None:
     assert (package / "_core.pyi").is_file()
 
 
+def test_every_module_is_installed() -> None:
+    source, installed = REPOSITORY / "python" / "fastq", Path(fastq.__file__).parent
+    modules = {file.relative_to(source) for file in source.rglob("*.py")}
+    assert Path("integrations/bitsandbytes.py") in modules
+    assert [module for module in modules if not (installed / module).is_file()] == []
+
+
 def test_exports_the_c_abi_and_nothing_else() -> None:
     listing = run_tool(find_tool("nm"), "-D", "--defined-only", PREFIX / "lib" / "libfastq.so")
     exported = {line.split()[-1] for line in listing.splitlines()}

@@ -38,7 +38,7 @@ struct OutlierSplit {
   // Columns of x that hold outliers, ascending, and how many; on the device.
   const int32_t* columns = nullptr;
   const int32_t* num_columns = nullptr;
-  // CUDA: of the first `capacity` of these columns, x, with zeros for what is no outlier, and the
+  // Of the first `capacity` of these columns, x, with zeros for what is no outlier, and the
   // weights: gathered_x[i * stride_gx + m], gathered_b[i * stride_gb + n].
   int capacity = 0;
   const float *gathered_x = nullptr, *gathered_b = nullptr;

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from ..nn import Int8Linear
+from ..nn import Int8Linear, OutlierLinear
+from ..nn.outlier_linear import check_threshold
 from ..quantize_ops import check_rotation
 
 # The output head is small beside the rest, often shares the embedding's weight, and is the layer
@@ -23,38 +24,48 @@ def quantize(
     skip: Iterable[str] = DEFAULT_SKIP,
     *,
     rotation: int = 0,
+    threshold: float | None = None,
 ) -> nn.Module:
     """Replaces every ``nn.Linear`` in a model, in place, by a quantised module.
 
     Args:
         model: any module, on any device; weights are quantised where they lie. Subclasses of
             ``nn.Linear`` stay as they are, because their owners may reach into them.
-        scheme: "w8a8": :class:`fastq.nn.Int8Linear`.
+        scheme: "w8a8": :class:`fastq.nn.Int8Linear`, or "llm_int8":
+            :class:`fastq.nn.OutlierLinear`, which keeps outliers in the activations apart.
         skip: names of modules to leave alone, with everything below them. A name counts from the
             root ("model.layers.0") or from any dot ("down_proj"), and may hold the wildcards of
             `fnmatch` ("layers.1?.mlp").
         rotation: 0, 2, 4, 8, 16 or 32: multiplies blocks of that many features by a Hadamard matrix
             before they are quantised, as :class:`fastq.nn.Int8Linear` says. It needs no
             calibration and costs time at each call; 32 is the most accurate where activations
-            have outliers.
+            have outliers. Of "w8a8" only.
+        threshold: from which magnitude on an activation is an outlier; 6 unless told otherwise. Of
+            "llm_int8" only.
 
     Returns:
         The model, or its replacement when the model itself is an ``nn.Linear``.
 
     Raises:
         ValueError: an unknown scheme, a pattern in `skip` that matches no module, nothing to
-            quantise, an unknown rotation, or a layer whose in_features it does not divide.
+            quantise, an unknown rotation, or a layer whose in_features it does not divide; an
+            option of the other scheme.
         TypeError: not a module, or a weight that is not float32, float16 or bfloat16.
         NotImplementedError: an ``nn.TransformerEncoderLayer``, whose fused inference path reads
             the weights of its linear layers; skip it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize: model is a {type(model).__name__}, expected a torch.nn.Module")
-    if scheme != "w8a8":
-        raise ValueError(f"quantize: scheme is {scheme!r}, expected 'w8a8'")
+    if scheme not in ("w8a8", "llm_int8"):
+        raise ValueError(f"quantize: scheme is {scheme!r}, expected 'w8a8' or 'llm_int8'")
     if isinstance(skip, str):
         raise TypeError(f"quantize: skip is the string {skip!r}, expected a list of patterns")
     check_rotation("quantize", rotation)
+    if scheme == "w8a8" and threshold is not None:
+        raise ValueError("quantize: threshold is given, expected it with scheme='llm_int8'")
+    if scheme == "llm_int8" and rotation != 0:
+        raise ValueError(f"quantize: rotation is {rotation}, expected 0 with scheme='llm_int8'")
+    threshold = check_threshold("quantize", 6.0 if threshold is None else threshold)
     names = _names_to_quantize(model, tuple(skip))
     if rotation != 0:
         _check_divisible(model, names, rotation)
@@ -62,7 +73,10 @@ def quantize(
     for name in names:
         linear = model.get_submodule(name)
         if linear not in replacements:  # one layer may be registered under two names
-            replacements[linear] = Int8Linear.from_float(linear, rotation=rotation)
+            if scheme == "w8a8":
+                replacements[linear] = Int8Linear.from_float(linear, rotation=rotation)
+            else:
+                replacements[linear] = OutlierLinear.from_float(linear, threshold=threshold)
         if not name:
             return replacements[linear]
         parent, _, leaf = name.rpartition(".")

@@ -1,14 +1,18 @@
 // x is looked through for the columns that hold outliers and quantised without them, a group of
 // rows at a time, while they are in cache. int8_gemm does the rest: its epilogue adds the outliers,
-// reading those columns of x and of the weight. fastq.h has the formula.
+// reading those columns of x and of the weight, which are gathered first where many tiles of output
+// would look for them all over the memory. fastq.h has the formula.
 #include "cpu/llm_int8_matmul/llm_int8_matmul.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "core/float16.hpp"
 #include "core/integers.hpp"
+#include "cpu/float_rows.hpp"
 #include "cpu/int8_gemm/int8_gemm.hpp"
+#include "cpu/int8_gemm/outliers.hpp"
 #include "cpu/quantize/quantize.hpp"
 #include "cpu/thread_pool.hpp"
 
@@ -19,9 +23,16 @@ constexpr const char* kOp = "llm_int8_matmul";
 constexpr int64_t kElementsPerTask = 64 * 1024;
 constexpr int64_t kWordBits = 64;  // of the mask of columns
 
+constexpr int kGatheredColumns = kOutlierChunk;  // at once
+constexpr int64_t kGatheredRows = 64;            // of x a task
+
+// With few rows int8_gemm has just read b where its epilogue needs it.
+bool gathers(const LlmInt8MatmulProblem& p) { return p.M > kPanelRows && p.N > 0; }
+
 // The workspace's parts, as offsets. int8_gemm's own is at the end.
 struct Layout {
-  int64_t mask, columns, count, scales, q, gemm;
+  int64_t mask, columns, count, scales, q, x, b, gemm;
+  int64_t stride_x = 0, stride_b = 0;
 
   explicit Layout(const LlmInt8MatmulProblem& p) {
     int64_t end = 0;
@@ -35,6 +46,9 @@ struct Layout {
     count = take(sizeof(int32_t));
     scales = take(p.M * sizeof(float));
     q = take(p.M * p.K);
+    if (gathers(p)) stride_x = round_up(p.M, kTileN), stride_b = round_up(p.N, kTileN);
+    x = take(kGatheredColumns * stride_x * sizeof(float));
+    b = take(kGatheredColumns * stride_b * sizeof(float));
     gemm = end;
   }
 };
@@ -143,6 +157,30 @@ int32_t list_columns(const uint64_t* mask, int64_t cols, int32_t* columns) {
   return count;
 }
 
+void gather_x(const OutlierSplit& split, int count, int64_t M, float* to) {
+  parallel_for(ceil_div(M, kGatheredRows), get_num_threads(), [&](int64_t task, int) {
+    const int64_t first = task * kGatheredRows, last = std::min(first + kGatheredRows, M);
+    for (int i = 0; i < count; ++i) {
+      for (int64_t m = first; m < last; ++m) {
+        const float x = load_float(split.x.data, split.x.dtype,
+                                   m * split.x.stride_m + split.columns[i] * split.x.stride_n);
+        to[i * split.stride_gx + m] = std::fabs(x) >= split.threshold ? x : 0.0f;
+      }
+    }
+  });
+}
+
+void gather_b(const Int8GemmProblem& p, int count, float* to) {
+  parallel_for(ceil_div(p.N, kTileN), get_num_threads(), [&](int64_t task, int) {
+    const int64_t n = task * kTileN;
+    const int cols = static_cast<int>(std::min<int64_t>(kTileN, p.N - n));
+    float scale_b[kTileN];
+    load_floats(p.scale_b.data, p.scale_b.dtype, n * p.scale_b.stride, p.scale_b.stride, cols,
+                scale_b);
+    outlier_weights(p, p.outliers->columns, count, n, cols, scale_b, to + n, p.outliers->stride_gb);
+  });
+}
+
 // Fills the mask and, where there will be a product, q and the scales.
 void split_rows(const LlmInt8MatmulProblem& p, uint64_t* mask, int8_t* q, float* scales) {
   const bool has_threshold = p.split.threshold > 0;
@@ -199,6 +237,16 @@ void llm_int8_matmul(const LlmInt8MatmulProblem& p, Workspace& workspace) {
   gemm.a = q;
   gemm.scale_a.data = scales;
   gemm.outliers = &split;
+  if (gathers(p) && *count > 0) {
+    auto* const x = reinterpret_cast<float*>(base + layout.x);
+    auto* const b = reinterpret_cast<float*>(base + layout.b);
+    split.capacity = kGatheredColumns;
+    split.gathered_x = x, split.stride_gx = layout.stride_x;
+    split.gathered_b = b, split.stride_gb = layout.stride_b;
+    const int gathered = std::min<int>(*count, kGatheredColumns);
+    gather_x(split, gathered, p.M, x);
+    gather_b(gemm, gathered, b);
+  }
   Workspace rest(base + layout.gemm, gemm_bytes, nullptr, nullptr);
   int8_gemm(gemm, rest);
 }

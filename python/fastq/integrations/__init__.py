@@ -1,0 +1,1 @@
+"""Stand-ins for other libraries' modules; none of those libraries is imported."""
