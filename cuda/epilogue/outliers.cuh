@@ -2,9 +2,10 @@
 //
 //   y = fma(x[m, k], v[k, n], y)   for the outliers k of row m, in ascending order
 //
-// Elements of a flagged column that are no outliers count as zeros, which leave y as it is. So the
-// bits do not depend on which columns other rows have flagged. The first columns have been
-// gathered, their weights scaled; those past the capacity are read where they lie.
+// Elements of a flagged column that are no outliers are zeros here, and left out: a product with
+// one would turn a y of -0 into 0, or with an infinite weight into NaN. So the bits do not depend
+// on which columns other rows have flagged. The first columns have been gathered, their weights
+// scaled; those past the capacity are read where they lie.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -74,6 +75,7 @@ static __device__ __noinline__ void add_outliers(const OutlierParams& p, int cou
   for (int c = 0; c < count; ++c) {
     if (c < split.capacity) {
       const float x = split.gathered_x[c * split.stride_gx + m];
+      if (x == 0) continue;
       const float* v = split.gathered_b + c * split.stride_gb + n0;  // rows are longer than N
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] = __fmaf_rn(x, v[i], y[i]);

@@ -153,11 +153,15 @@ __device__ inline void swapped_scale(const OutputParams& p, const float* scales,
     }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      const float two[2] = {x[8 * j], x[8 * j + 1]};
 #pragma unroll
-      for (int i = 0; i < 4 * Traits::kBlocks; ++i) {
-        uint32_t& y = acc[i / 4][4 * j + i % 4];
-        y = __float_as_uint(__fmaf_rn(two[i % 2], its[i / 4][i % 4 / 2], __uint_as_float(y)));
+      for (int token = 0; token < 2; ++token) {
+        const float its_x = x[8 * j + token];
+        if (its_x == 0) continue;
+#pragma unroll
+        for (int i = 0; i < 2 * Traits::kBlocks; ++i) {
+          uint32_t& y = acc[i / 2][4 * j + i % 2 * 2 + token];
+          y = __float_as_uint(__fmaf_rn(its_x, its[i / 2][i % 2], __uint_as_float(y)));
+        }
       }
     }
   }
