@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <array>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "core/integers.hpp"
@@ -64,7 +64,7 @@ int64_t longest_row(const QuantizeKernel& kernel) {
 }
 
 // The kernel for a problem: that which reads most at a time, without options where it has none.
-const QuantizeKernel& choose(const QuantizeProblem& p) {
+const QuantizeKernel& choose(const QuantizeProblem& p, int most_blocks) {
   bool has_options =
       p.smooth.data != nullptr || p.rotation != 0 || p.zero_point != nullptr || p.is_static;
   RowSource source = p.outlier_mask != nullptr ? RowSource::kOutliers : RowSource::kPlain;
@@ -83,9 +83,9 @@ const QuantizeKernel& choose(const QuantizeProblem& p) {
     if (kernel.dtype != p.x_dtype || !serves) continue;
     if (has_options && !kernel.has_options) continue;
     if (kernel.vector > 1 && !is_vectorizable(p, kernel.vector)) continue;
-    if (kernel.in_registers > 0 && p.cols > longest_row(kernel)) continue;
+    if (kernel.in_registers > 0 && p.cols > most_blocks * longest_row(kernel)) continue;
     const auto rank = [](const QuantizeKernel& x) {
-      return std::make_pair(x.vector, !x.has_options);
+      return std::make_tuple(x.vector, !x.has_options, x.in_registers);
     };
     if (best == nullptr || rank(kernel) > rank(*best)) best = &kernel;
   }
@@ -95,9 +95,10 @@ const QuantizeKernel& choose(const QuantizeProblem& p) {
 // Where rows are many, few threads with several vectors each keep memory busy; few rows are done
 // soonest by as many threads as there are vectors. The order of a norm's sums depends on the
 // threads, and must not on the rows.
-int threads_of_row(const QuantizeProblem& p, const QuantizeKernel& kernel, int sm_count) {
-  const int64_t vectors = ceil_div(p.cols, kernel.vector);
-  const int64_t of_thread = p.norm != Norm::kNone    ? 2
+int threads_of_block(const QuantizeProblem& p, const QuantizeKernel& kernel, int sm_count,
+                     int blocks) {
+  const int64_t vectors = ceil_div(p.cols, kernel.vector * blocks);
+  const int64_t of_thread = p.norm != Norm::kNone    ? 4
                             : p.rows >= 4 * sm_count ? 4
                             : p.rows > sm_count      ? 2
                                                      : 1;
@@ -107,21 +108,27 @@ int threads_of_row(const QuantizeProblem& p, const QuantizeKernel& kernel, int s
 
 void launch(const QuantizeProblem& p) {
   const DeviceProps& device = device_props(p.device_index);
-  const QuantizeKernel& kernel = choose(p);
-  const int threads = threads_of_row(p, kernel, device.sm_count);
+  const bool is_hopper = launches_dependent[p.device_index];
+  const QuantizeKernel& kernel = choose(p, is_hopper ? kMaxRowBlocks : 1);
+  int blocks = 1;
+  while (kernel.in_registers > 0 && p.cols > blocks * longest_row(kernel)) blocks *= 2;
+  const int threads = threads_of_block(p, kernel, device.sm_count, blocks);
   const int64_t step = int64_t{threads} * kernel.vector;
   const int64_t all = kernel.in_registers > 0 ? 0 : ceil_div(p.cols, step) * step;
   const int64_t most = held_bytes(device) / static_cast<int64_t>(sizeof(float)) / step * step;
   QuantizeParams params{p, static_cast<int>(std::min(all, most)),
                         1 / static_cast<float>(std::max<int64_t>(p.cols, 1))};
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(p.rows);
+  config.gridDim = static_cast<unsigned>(p.rows * blocks);
   config.blockDim = static_cast<unsigned>(threads);
   config.dynamicSmemBytes = params.held * sizeof(float);
   config.stream = static_cast<cudaStream_t>(p.stream);
-  cudaLaunchAttribute attribute = dependent_launch();
-  config.attrs = &attribute;
-  config.numAttrs = launches_dependent[p.device_index] ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0] = dependent_launch();
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = blocks > 1 ? 2 : is_hopper ? 1 : 0;
   void* arguments[] = {&params};
   check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel.function), arguments),
         "launching quantize");
@@ -141,9 +148,9 @@ void quantize(const QuantizeProblem& problem) {
     return data == nullptr ? nullptr : static_cast<const char*>(data) + bytes;
   };
   QuantizeProblem p = problem;
-  // The grid holds 2^31 - 1 rows at the most: more go in pieces.
+  // The grid holds 2^31 - 1 blocks at the most: more rows go in pieces.
   for (int64_t done = 0; done < problem.rows; done += p.rows) {
-    p.rows = std::min<int64_t>(problem.rows - done, INT32_MAX);
+    p.rows = std::min<int64_t>(problem.rows - done, INT32_MAX / kMaxRowBlocks);
     p.x = moved(problem.x, done * problem.stride_xr * size);
     p.up.data = moved(problem.up.data, done * problem.up.stride_m * size);
     p.residual.data = moved(problem.residual.data, done * problem.residual.stride_m * size);

@@ -12,7 +12,8 @@ namespace fastq::cuda {
 // activation; an RMS norm without bias; any norm.
 enum class RowSource { kPlain, kOutliers, kActivation, kRms, kNorm };
 
-constexpr int kMaxQuantizeThreads = 1024;  // of a block, which has a row
+constexpr int kMaxQuantizeThreads = 1024;  // of a block
+constexpr int kMaxRowBlocks = 4;           // of a cluster, which has a row
 
 struct QuantizeParams {
   QuantizeProblem problem;
@@ -26,6 +27,7 @@ struct QuantizeKernel {
   bool has_options;  // smooth, rotation, zero_point, is_static; up of a plain source
   int vector;        // elements that are read at a time: 16 bytes, or one element of any layout
   int in_registers;  // vectors that a thread has at the most; 0: any number
+                     // (and then a cluster of blocks may have a row)
   int max_threads;
   void (*function)(QuantizeParams);
 };

@@ -14,7 +14,7 @@
 
 namespace fastq::cuda {
 
-template <class T_, RowSource kSource_, bool kOptions_, int kVector_>
+template <class T_, RowSource kSource_, bool kOptions_, int kVector_, bool kHolds_>
 struct QuantizeTraits {
   using T = T_;
   static constexpr RowSource kSource = kSource_;
@@ -26,8 +26,10 @@ struct QuantizeTraits {
   static constexpr bool kMultiplies = kSource == RowSource::kActivation || (kIsPlain && kOptions);
   static constexpr bool kIsNorm = kSource == RowSource::kRms || kSource == RowSource::kNorm;
   // Vectors of a row that each thread has, all in registers; 0: a row of any length.
-  static constexpr int kInRegisters = kOptions ? 0 : 4;
+  static constexpr int kInRegisters = kHolds_ ? 4 : 0;
   static constexpr int kThreads = kInRegisters > 0 ? 512 : kMaxQuantizeThreads;
+  // Options take more than the 64 registers that two such blocks leave.
+  static constexpr int kBlocks = kInRegisters > 0 && kOptions ? 1 : 1024 / kThreads;
   // Vectors that a thread reads at once.
   static constexpr int kAtATime = kVector == 1 ? 1 : kExact && !kOptions ? 4 : 2;
   // Single elements may be in a row of any length.

@@ -9,9 +9,9 @@
 //
 // A block has a row. Where rows are contiguous and aligned it reads 16 bytes at a time; other
 // layouts are read element by element. y, and before it a norm's h, are held as float32, so that
-// memory is read once: in registers where there are no options and a row is not too long, else in
-// shared memory. (Rows in flight are what keeps memory busy, so registers are few.) Of a row that
-// does not fit there, what remains is read again for each step, from L2.
+// memory is read once: in registers, on Hopper by a cluster of blocks where one has too few; else
+// in shared memory. (Rows in flight are what keeps memory busy, so registers are few.) Of a row
+// that does not fit there, what remains is read again for each step, from L2.
 //
 // An RMS norm without bias or options takes two steps instead of three: its largest element follows
 // from that of h * weight, and its scale multiplies the row's.
@@ -84,7 +84,61 @@ __device__ inline void store_quantized(const typename Traits::Floats& y, const R
   }
 }
 
-// A block's row, step by step. Each thread has every blockDim.x-th vector of it, all the way.
+// The blocks that have a row: those of a cluster, or one.
+struct RowBlocks {
+  uint32_t count = 1, rank = 0;
+
+  __device__ RowBlocks() {
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  }
+  __device__ void sync() const {
+#if __CUDA_ARCH__ >= 900
+    if (count == 1) return;
+    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+#endif
+  }
+  // What the block of a rank has at the place of `mine`, which is in shared memory.
+  __device__ static uint32_t value_of(const uint32_t& mine, uint32_t rank) {
+    uint32_t value = mine;
+#if __CUDA_ARCH__ >= 900
+    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(&mine));
+    asm volatile("mapa.shared::cluster.u32 %0, %0, %1;\n" : "+r"(address) : "r"(rank));
+    asm volatile("ld.shared::cluster.u32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+#endif
+    return value;
+  }
+};
+
+// The same over all blocks of a row. `of_block` is used once.
+__device__ inline float sum_of_row(const RowBlocks& blocks, float value,
+                                   float (&of_warp)[kMaxQuantizeThreads / 32], uint32_t& of_block) {
+  value = sum_of_block(value, of_warp);
+  if (blocks.count == 1) return value;
+  if (threadIdx.x == 0) of_block = __float_as_uint(value);
+  blocks.sync();
+  value = 0;
+  for (uint32_t i = 0; i < blocks.count; ++i) {
+    value += __uint_as_float(RowBlocks::value_of(of_block, i));
+  }
+  return value;
+}
+__device__ inline uint32_t maximum_of_row(const RowBlocks& blocks, float value,
+                                          uint32_t (&of_warp)[kMaxQuantizeThreads / 32],
+                                          uint32_t& of_block) {
+  uint32_t bits = maximum_of_block(value, of_warp);
+  if (blocks.count == 1) return bits;
+  if (threadIdx.x == 0) of_block = bits;
+  blocks.sync();
+  for (uint32_t i = 0; i < blocks.count; ++i) bits = max(bits, RowBlocks::value_of(of_block, i));
+  return bits;
+}
+
+// A row, step by step. Each thread has every n-th vector of it, all the way, n the threads of the
+// row's blocks.
 template <class Traits>
 class RowQuantizer {
  public:
@@ -92,9 +146,12 @@ class RowQuantizer {
   using Floats = typename Traits::Floats;
   static constexpr int kVector = Traits::kVector;
 
-  __device__ RowQuantizer(const QuantizeParams& params, int64_t row, float* held)
+  __device__ RowQuantizer(const QuantizeParams& params, const RowBlocks& blocks, int64_t row,
+                          float* held)
       : p_(params.problem),
         row_(params.problem, row),
+        step_(static_cast<Index>(blocks.count * blockDim.x) * kVector),
+        first_(static_cast<Index>(blocks.rank * blockDim.x + threadIdx.x) * kVector),
         cols_(static_cast<Index>(params.problem.cols)),
         held_cols_(params.held),
         held_(held) {}
@@ -110,15 +167,23 @@ class RowQuantizer {
 
   __device__ void sum_squares() {
     sum = 0;
-    for_each_again([&](Index at, Floats& h) { sum = add(h, true, at < cols_ ? mean : 0, sum); });
+    for_each_again(
+        [&](Index at, const Floats& h) { sum = add(h, true, at < cols_ ? mean : 0, sum); });
   }
 
   // From h to y.
   __device__ void normalize() {
-    for_each_again([&](Index at, Floats& y) {
-      end(at, y);
-      if (at < held_cols_) put(at, y);
-    });
+    if constexpr (Traits::kInRegisters > 0) {
+#pragma unroll
+      for (int i = 0; i < Traits::kInRegisters; ++i) {
+        if (i * step() < cols_) end(i * step() + first(), y_[i]);
+      }
+    } else {
+      for_each_again([&](Index at, Floats& y) {
+        end(at, y);
+        if (at < held_cols_) put(at, y);
+      });
+    }
   }
 
   template <RowRounding kRounding>
@@ -148,8 +213,8 @@ class RowQuantizer {
     extremes.take(y, Traits::kOptions && p_.zero_point != nullptr);
   }
 
-  __device__ Index step() const { return static_cast<Index>(blockDim.x) * kVector; }
-  __device__ Index first() const { return static_cast<Index>(threadIdx.x) * kVector; }
+  __device__ Index step() const { return step_; }
+  __device__ Index first() const { return first_; }
 
   // Of a vector of eight, the halves lie apart: so neighbours read neighbouring 16 bytes.
   __device__ void put(Index at, const Floats& x) const {
@@ -248,33 +313,38 @@ class RowQuantizer {
 
   const QuantizeProblem& p_;
   const QuantizeRow<Traits> row_;
+  const Index step_, first_;
   const Index cols_, held_cols_;
   float* const held_;
   Floats y_[Traits::kInRegisters > 0 ? Traits::kInRegisters : 1];
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1024 / Traits::kThreads)
-    quantize_rows(const __grid_constant__ QuantizeParams params) {
-  extern __shared__ __align__(16) float held[];
+__device__ inline void quantize_row(const QuantizeParams& params, const RowBlocks& blocks,
+                                    float* held) {
   __shared__ float sums[2][kMaxQuantizeThreads / 32];
   __shared__ uint32_t maxima[2][kMaxQuantizeThreads / 32];
-  wait_for_predecessor();
-  let_successor_start();
+  __shared__ uint32_t of_block[4];
   const QuantizeProblem& p = params.problem;
-  const int64_t index = blockIdx.x;
-  RowQuantizer<Traits> row(params, index, held);
+  const int64_t index = blockIdx.x / blocks.count;
+  const bool writes_scale = threadIdx.x == 0 && blocks.rank == 0;
+  RowQuantizer<Traits> row(params, blocks, index, held);
   row.begin();
+  const auto norm_scale = [&] {
+    const float sum = sum_of_row(blocks, row.sum, sums[1], of_block[1]);
+    return rsqrtf(sum * params.inverse_cols + p.eps);
+  };
   if constexpr (Traits::kSource == RowSource::kNorm) {
     if (p.norm == Norm::kLayer) {
-      row.mean = sum_of_block(row.sum, sums[0]) * params.inverse_cols;
+      row.mean = sum_of_row(blocks, row.sum, sums[0], of_block[0]) * params.inverse_cols;
       row.sum_squares();
     }
-    row.norm_scale = rsqrtf(sum_of_block(row.sum, sums[1]) * params.inverse_cols + p.eps);
+    row.norm_scale = norm_scale();
     row.normalize();
   }
   int8_t* const q = p.q + index * p.stride_qr;
-  if (Traits::kSource == RowSource::kOutliers && p.cols + threadIdx.x < p.padded_cols) {
+  if (Traits::kSource == RowSource::kOutliers && blocks.rank == 0 &&
+      p.cols + threadIdx.x < p.padded_cols) {
     q[p.cols + threadIdx.x] = 0;
   }
   if (Traits::kOptions && p.is_static) {
@@ -282,26 +352,38 @@ __global__ void __launch_bounds__(Traits::kThreads, 1024 / Traits::kThreads)
   }
   if constexpr (Traits::kSource == RowSource::kRms) {
     // y is norm_scale times what is held.
-    row.norm_scale = rsqrtf(sum_of_block(row.sum, sums[0]) * params.inverse_cols + p.eps);
-    const float most = __uint_as_float(maximum_of_block(row.extremes.above, maxima[0]));
+    row.norm_scale = norm_scale();
+    const float most =
+        __uint_as_float(maximum_of_row(blocks, row.extremes.above, maxima[0], of_block[2]));
     RowScale scale = row_scale(__float_as_uint(most * row.norm_scale));
-    if (threadIdx.x == 0) p.scale[index * p.stride_s] = scale.scale;
+    if (writes_scale) p.scale[index * p.stride_s] = scale.scale;
     scale.inverse *= row.norm_scale;
     return row.template store<RowRounding::kSymmetric>(q, scale);
   }
-  const uint32_t above = maximum_of_block(row.extremes.above, maxima[0]);
+  const uint32_t above = maximum_of_row(blocks, row.extremes.above, maxima[0], of_block[2]);
   if (Traits::kOptions && p.zero_point != nullptr) {
-    const uint32_t below = maximum_of_block(row.extremes.below, maxima[1]);
+    const uint32_t below = maximum_of_row(blocks, row.extremes.below, maxima[1], of_block[3]);
     const RowScale scale = row_scale(above, below);
-    if (threadIdx.x == 0) {
+    if (writes_scale) {
       p.scale[index * p.stride_s] = scale.scale;
       p.zero_point[index * p.stride_z] = scale.zero_point;
     }
     return row.template store<RowRounding::kAsymmetric>(q, scale);
   }
   const RowScale scale = row_scale(above);
-  if (threadIdx.x == 0) p.scale[index * p.stride_s] = scale.scale;
+  if (writes_scale) p.scale[index * p.stride_s] = scale.scale;
   row.template store<RowRounding::kSymmetric>(q, scale);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
+    quantize_rows(const __grid_constant__ QuantizeParams params) {
+  extern __shared__ __align__(16) float held[];
+  wait_for_predecessor();
+  let_successor_start();
+  const RowBlocks blocks;
+  quantize_row<Traits>(params, blocks, held);
+  blocks.sync();  // the others may still read here
 }
 
 template <class T>
@@ -312,18 +394,22 @@ bool register_quantize_kernels(DType dtype) {
                               Traits::kInRegisters, Traits::kThreads, &quantize_rows<Traits>});
   };
   constexpr int kVector = 16 / sizeof(T);
-  add(QuantizeTraits<T, RowSource::kPlain, false, kVector>{});
-  add(QuantizeTraits<T, RowSource::kPlain, true, kVector>{});
-  add(QuantizeTraits<T, RowSource::kPlain, true, 1>{});
-  add(QuantizeTraits<T, RowSource::kOutliers, false, kVector>{});
-  add(QuantizeTraits<T, RowSource::kOutliers, true, kVector>{});
-  add(QuantizeTraits<T, RowSource::kOutliers, true, 1>{});
-  add(QuantizeTraits<T, RowSource::kActivation, false, kVector>{});
-  add(QuantizeTraits<T, RowSource::kActivation, true, kVector>{});
-  add(QuantizeTraits<T, RowSource::kActivation, true, 1>{});
-  add(QuantizeTraits<T, RowSource::kRms, false, kVector>{});
-  add(QuantizeTraits<T, RowSource::kNorm, true, kVector>{});
-  add(QuantizeTraits<T, RowSource::kNorm, true, 1>{});
+  add(QuantizeTraits<T, RowSource::kPlain, false, kVector, true>{});
+  add(QuantizeTraits<T, RowSource::kPlain, true, kVector, true>{});
+  add(QuantizeTraits<T, RowSource::kPlain, true, kVector, false>{});
+  add(QuantizeTraits<T, RowSource::kPlain, true, 1, false>{});
+  add(QuantizeTraits<T, RowSource::kOutliers, false, kVector, true>{});
+  add(QuantizeTraits<T, RowSource::kOutliers, true, kVector, false>{});
+  add(QuantizeTraits<T, RowSource::kOutliers, true, 1, false>{});
+  add(QuantizeTraits<T, RowSource::kActivation, false, kVector, true>{});
+  add(QuantizeTraits<T, RowSource::kActivation, true, kVector, true>{});
+  add(QuantizeTraits<T, RowSource::kActivation, true, kVector, false>{});
+  add(QuantizeTraits<T, RowSource::kActivation, true, 1, false>{});
+  add(QuantizeTraits<T, RowSource::kRms, false, kVector, true>{});
+  add(QuantizeTraits<T, RowSource::kNorm, false, kVector, true>{});
+  add(QuantizeTraits<T, RowSource::kNorm, true, kVector, true>{});
+  add(QuantizeTraits<T, RowSource::kNorm, true, kVector, false>{});
+  add(QuantizeTraits<T, RowSource::kNorm, true, 1, false>{});
   return true;
 }
 
