@@ -50,12 +50,16 @@ def quantised_linears(
 ) -> list[StoredLinear]:
     """The quantised ones among the linear layers of a float model's checkpoint.
 
-    `dtype_of` gives the stored dtype of a tensor, in safetensors' names, or None.
+    `dtype_of` gives the stored dtype of a tensor, in safetensors' names, or None. A head that is
+    tied to the embedding is none of them.
 
     Raises NotImplementedError for a family whose layers are no ``nn.Linear`` in transformers.
     """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linears = []
     for name, linear in stored_linears(model).items():
+        if any(id(module.weight) in embeddings for module in linear.modules.values()):
+            continue
         dtype = dtype_of(f"{name}.weight")
         if not all(quantization.quantizes(alias, dtype) for alias in linear.names):
             continue

@@ -39,12 +39,12 @@ class _Same:
 def stored_tensors(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The tensors of the model's checkpoint by name: the `parts` in each, and `join` of these."""
     from ..runtime.config import ModelConfig
-    from ..runtime.families import FAMILIES
+    from ..runtime.families import family_of
     from ..runtime.layout import stored_tensors as family_tensors
 
     config = getattr(model, "config", None)
     if isinstance(config, ModelConfig):
-        return family_tensors(FAMILIES[config.family], config.head_dim, shapes)
+        return family_tensors(family_of(config), config.head_dim, shapes)
     return {name: _Same(name) for name in shapes}
 
 

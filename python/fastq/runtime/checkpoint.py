@@ -12,14 +12,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import ModelConfig, read_json
-from .families import FAMILIES
+from .families import family_of
 from .layout import StoredTensor, stored_module, stored_tensors
 from .model import CausalLM
 
@@ -88,7 +88,7 @@ def load_model(
     with torch.device("meta"):
         model = CausalLM(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    family = FAMILIES[config.family]
+    family = family_of(config)
     head, embedding = (
         f"{stored_module(family, module)}.weight" for module in ("lm_head", "model.embed_tokens")
     )
@@ -97,9 +97,7 @@ def load_model(
     tensors = stored_tensors(family, config.head_dim, shapes)
     locations = locate_tensors(folder, tensors, family.prefix)
     tied_head = locations.pop(head, None) if config.tie_word_embeddings else None
-    quantised = _Quantised.find(raw, config_file, model, locations)
-    for name in quantised.float_tensors:
-        tensors.pop(name, None)
+    quantised = Quantised.take(tensors, raw, config_file, model, locations)
     check_tensors(folder, tensors, locations, quantised.tensors)
     if tied_head is not None:
         _check_tied_head(tied_head, locations[embedding])
@@ -112,20 +110,23 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-class _Quantised(NamedTuple):
-    """The quantised layers of a checkpoint: `tensors` are those that it holds of them, in place of
-    `float_tensors`."""
+class Quantised(NamedTuple):
+    """The quantised layers of a checkpoint, and the `tensors` that it holds of them."""
 
     quantization: Quantization | None = None
     linears: list[StoredLinear] = []
     tensors: dict[str, Stored] = {}
-    float_tensors: list[str] = []
 
     @classmethod
-    def find(
-        cls, raw: dict, config_file: Path, model: CausalLM, locations: dict[str, Location]
-    ) -> _Quantised:
-        """Those that the config names; none where it says nothing of quantisation."""
+    def take(
+        cls,
+        tensors: dict[str, StoredTensor],
+        raw: dict[str, Any],
+        config_file: Path,
+        model: nn.Module,
+        locations: dict[str, Location],
+    ) -> Quantised:
+        """Takes the layers that config.json, which is `raw`, names out of the float `tensors`."""
         if raw.get("quantization_config") is None:
             return cls()
         # Here: `runtime` may be imported by itself, to train a float model.
@@ -133,13 +134,14 @@ class _Quantised(NamedTuple):
 
         quantization = quantization_of(raw, str(config_file))
         linears = quantised_linears(quantization, model, lambda name: _dtype_of(locations, name))
-        tensors, float_tensors = {}, []
+        expected = {}
         for linear in linears:
-            tensors |= expected_tensors(quantization, linear)
-            float_tensors += [f"{linear.name}.{leaf}" for leaf in ("weight", "bias")]
-        return cls(quantization, linears, tensors, float_tensors)
+            expected |= expected_tensors(quantization, linear)
+            for leaf in ("weight", "bias"):
+                tensors.pop(f"{linear.name}.{leaf}", None)
+        return cls(quantization, linears, expected)
 
-    def fill(self, model: CausalLM, locations: dict[str, Location], device: torch.device) -> None:
+    def fill(self, model: nn.Module, locations: dict[str, Location], device: torch.device) -> None:
         """Puts the layers in their places, one after the other."""
         from ..checkpoints import build_linears
 
@@ -177,14 +179,18 @@ def locate_tensors(
     folder: Path, tensors: dict[str, StoredTensor], prefix: str
 ) -> dict[str, Location]:
     """Where each tensor of the checkpoint is, by its full name: one saved without its head may
-    leave out `prefix`."""
+    leave out `prefix`. Old exports call a norm's weight gamma and its bias beta."""
     files = _locate_files(folder)
-    if any(name.startswith(prefix) for name in files):
-        return {name: Location(path, name) for name, path in files.items()}
-    return {
-        prefix + name if prefix + name in tensors else name: Location(path, name)
-        for name, path in files.items()
-    }
+    bare = not any(name.startswith(prefix) for name in files)
+    modules = {name.rpartition(".")[0] for name in tensors}
+    locations = {}
+    for stored, path in files.items():
+        name = stored.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if bare and prefix + name.rpartition(".")[0] in modules:
+            name = prefix + name
+        locations[name] = Location(path, stored)
+    return locations
 
 
 def _locate_files(folder: Path) -> dict[str, Path]:
