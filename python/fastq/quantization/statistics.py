@@ -108,7 +108,7 @@ def is_decoder(model: nn.Module) -> bool:
     """Whether a model is the runtime's causal language model."""
     from .. import runtime  # here: the runtime's loader imports this package
 
-    return isinstance(model, getattr(runtime, "CausalLM", None) or runtime.LlamaForCausalLM)
+    return isinstance(model, runtime.CausalLM)
 
 
 def run(model: nn.Module, batch: Any) -> Any:
