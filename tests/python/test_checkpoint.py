@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastq.runtime import LlamaConfig, LlamaForCausalLM, Tokenizer, load_model
+from fastq.runtime import CausalLM, ModelConfig, Tokenizer, load_model
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=19,
     hidden_size=8,
     intermediate_size=12,
@@ -24,9 +24,9 @@ CONFIG = LlamaConfig(
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model() -> CausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(CONFIG).requires_grad_(False)
+    return CausalLM(CONFIG).requires_grad_(False)
 
 
 @pytest.fixture

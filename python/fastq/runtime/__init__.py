@@ -8,16 +8,16 @@ print(tokenizer.decode(ids[0].tolist()))
 """
 
 from .checkpoint import load_model
-from .config import LlamaConfig
+from .config import ModelConfig
 from .generation import generate, generate_tokens, sample
 from .kv_cache import KVCache
-from .model import LlamaForCausalLM
+from .model import CausalLM
 from .tokenizer import Tokenizer
 
 __all__ = [
+    "CausalLM",
     "KVCache",
-    "LlamaConfig",
-    "LlamaForCausalLM",
+    "ModelConfig",
     "Tokenizer",
     "generate",
     "generate_tokens",

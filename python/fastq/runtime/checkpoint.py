@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import LlamaConfig
-from .model import LlamaForCausalLM
+from .config import ModelConfig
+from .model import CausalLM
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -31,7 +31,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> LlamaForCausalLM:
+) -> CausalLM:
     """Loads a LLaMA-style model for inference.
 
     Args:
@@ -54,10 +54,10 @@ def load_model(
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{config_file}: no such file; expected a Hugging Face folder")
-    config = LlamaConfig.from_file(config_file)
+    config = ModelConfig.from_file(config_file)
     dtype = _resolve_dtype(dtype, config, config_file)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = CausalLM(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     locations = _locate_tensors(folder)
     _check_names(expected, locations, config, folder)
@@ -69,7 +69,7 @@ def load_model(
 
 
 def _resolve_dtype(
-    dtype: torch.dtype | None, config: LlamaConfig, config_file: Path
+    dtype: torch.dtype | None, config: ModelConfig, config_file: Path
 ) -> torch.dtype:
     if dtype is None:
         if config.dtype is not None and config.dtype not in _DTYPES:
@@ -132,7 +132,7 @@ def _open(path: Path):
 
 
 def _check_names(
-    expected: dict[str, torch.Size], locations: dict[str, Path], config: LlamaConfig, folder: Path
+    expected: dict[str, torch.Size], locations: dict[str, Path], config: ModelConfig, folder: Path
 ) -> None:
     missing = sorted(expected.keys() - locations.keys())
     if config.tie_word_embeddings and "lm_head.weight" in missing:
@@ -190,7 +190,7 @@ def _check_tensor(path: Path, name: str, stored, shape: torch.Size) -> None:
         )
 
 
-def _settle_tied_head(state: dict[str, Tensor], config: LlamaConfig, folder: Path) -> None:
+def _settle_tied_head(state: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
     if not config.tie_word_embeddings:
         return
     head = state.pop("lm_head.weight", None)

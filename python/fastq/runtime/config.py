@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class ModelConfig:
     """The numbers that fix a LLaMA-style decoder, under their Hugging Face names.
 
     `eos_token_ids` holds every token that ends a generation (`eos_token_id` in the file, a number
@@ -56,7 +56,7 @@ class LlamaConfig:
             raise ValueError(f"config: head_dim must be even for rotary, got {self.head_dim}")
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any], *, source: str = "config") -> LlamaConfig:
+    def from_dict(cls, raw: dict[str, Any], *, source: str = "config") -> ModelConfig:
         """Builds a config from the parsed `config.json` of Hugging Face transformers.
 
         Raises ValueError for a missing or malformed entry and NotImplementedError for a model
@@ -87,7 +87,7 @@ class LlamaConfig:
             raise ValueError(f"{source}: {error}") from None
 
     @classmethod
-    def from_file(cls, path: str | Path) -> LlamaConfig:
+    def from_file(cls, path: str | Path) -> ModelConfig:
         """Reads `config.json`. Raises FileNotFoundError, or ValueError when it is not JSON."""
         text = Path(path).read_text(encoding="utf-8")
         try:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .attention import has_kernel, torch_attention
-from .config import LlamaConfig
+from .config import ModelConfig
 from .rotary import apply_rotary, rotary_table
 
 
@@ -19,7 +19,7 @@ class KVCache:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: ModelConfig,
         batch_size: int,
         max_length: int,
         *,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import causal_attention
-from .config import LlamaConfig
+from .config import ModelConfig
 from .kv_cache import KVCache
 from .rotary import apply_rotary, rotary_table
 
@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with grouped key and value heads."""
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = nn.Linear(size, inner, bias=bias)
@@ -80,7 +80,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
@@ -97,7 +97,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Token ids to normalised hidden states: everything but the output projection."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -121,14 +121,14 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class LlamaForCausalLM(nn.Module):
+class CausalLM(nn.Module):
     """A LLaMA-style language model.
 
     `model(input_ids, cache)` takes (batch, seqlen) int64 token ids and returns logits
     (batch, seqlen, vocab_size). With a cache, the ids continue what the cache holds.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config)

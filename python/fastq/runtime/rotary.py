@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import LlamaConfig
+from .config import ModelConfig
 
 
 def rotary_table(
-    config: LlamaConfig, length: int, device: torch.device | str
+    config: ModelConfig, length: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 (length, head_dim / 2), of positions 0 to length - 1."""
     # Computed anew, not a buffer: that would be rounded by model.to(torch.bfloat16).
