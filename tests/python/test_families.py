@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastq.runtime import CausalLM, KVCache, ModelConfig, generate, load_model
+from fastq.runtime import CausalLM, KVCache, ModelConfig, attention, generate, kv_cache, load_model
 from fastq.runtime.families import FAMILIES
 from fastq.runtime.layout import from_checkpoint, to_checkpoint
 
@@ -171,6 +171,13 @@ def test_padded_sequences_are_as_alone(case, device, side):
         assert relative_error(last[row], wanted[length - 1 : length]) <= TOLERANCE
         assert relative_error(cached[row].cpu()[tokens], wanted[:length]) <= TOLERANCE
         assert relative_error(torch.cat(steps, 1)[row], wanted[length:]) <= TOLERANCE
+
+
+def test_padded_sequences_without_a_kernel(case, monkeypatch):
+    """Where fastq has no kernel torch attends, by masks."""
+    for module in (attention, kv_cache):
+        monkeypatch.setattr(module, "has_kernel", lambda _: False)
+    test_padded_sequences_are_as_alone(case, torch.device("cpu"), "left")
 
 
 def test_left_padding_is_that_of_transformers(case, device):

@@ -158,5 +158,6 @@ def load_encoder(
         model.pooler = None
         tensors = {n: t for n, t in tensors.items() if not n.startswith("bert.pooler.")}
     check_tensors(folder, tensors, locations)
-    fill_parameters(model, read_tensors(tensors, locations, dtype, torch.device(device)), convert)
+    parameters = read_tensors(tensors, locations, dtype, device, lasting=convert is None)
+    fill_parameters(model, parameters, convert)
     return model.eval().requires_grad_(False)
