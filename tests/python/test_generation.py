@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastq.runtime import (
-    LlamaConfig,
-    LlamaForCausalLM,
+    CausalLM,
+    ModelConfig,
     Tokenizer,
     generate,
     generate_tokens,
@@ -16,7 +16,7 @@ from fastq.runtime import (
     sample,
 )
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=61,
     hidden_size=32,
     intermediate_size=48,
@@ -28,9 +28,9 @@ CONFIG = LlamaConfig(
 )
 
 
-def make_model(device: torch.device | str = "cpu") -> LlamaForCausalLM:
+def make_model(device: torch.device | str = "cpu") -> CausalLM:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG).requires_grad_(False)
+    model = CausalLM(CONFIG).requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.normal_(0, 0.3)
@@ -98,8 +98,8 @@ def test_stops_at_eos(device):
 def test_the_config_names_the_eos():
     model = make_model()
     end = generate(model, [1, 2, 3], max_new_tokens=5)[0, -1].item()
-    config = LlamaConfig(**{**vars(CONFIG), "eos_token_ids": (end,)})
-    ended = LlamaForCausalLM(config).requires_grad_(False)
+    config = ModelConfig(**{**vars(CONFIG), "eos_token_ids": (end,)})
+    ended = CausalLM(config).requires_grad_(False)
     ended.load_state_dict(model.state_dict())
     assert generate(ended, [1, 2, 3], max_new_tokens=20).shape[1] <= 5
     assert generate(ended, [1, 2, 3], max_new_tokens=20, eos_token_ids=()).shape[1] == 20

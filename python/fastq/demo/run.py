@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import __version__, ops
 from ..nn import Int8Linear
 from ..quantization import quantize
-from ..runtime import LlamaForCausalLM, Tokenizer, generate_tokens, load_model
+from ..runtime import CausalLM, Tokenizer, generate_tokens, load_model
 from . import corpus
 from .perplexity import nats_per_token, windows
 
@@ -120,7 +120,7 @@ def run_demo(
 
 
 @torch.no_grad()
-def _faster_thread_count(model: LlamaForCausalLM, tokens: Tensor) -> int:
+def _faster_thread_count(model: CausalLM, tokens: Tensor) -> int:
     """How many threads torch itself is fastest with: all of them, or one.
 
     OpenMP's threads spin while they wait for each other. Where another program has the cores, a
@@ -142,7 +142,7 @@ def _faster_thread_count(model: LlamaForCausalLM, tokens: Tensor) -> int:
     return min(seconds, key=seconds.__getitem__)
 
 
-def _held_out_tokens(tokenizer: Tokenizer, model: LlamaForCausalLM, stdlib: Path | None) -> Tensor:
+def _held_out_tokens(tokenizer: Tokenizer, model: CausalLM, stdlib: Path | None) -> Tensor:
     start = model.config.bos_token_id
     ids = []
     for text_ids in tokenizer.encode_batch(list(corpus.held_out_texts(stdlib).values())):
@@ -153,7 +153,7 @@ def _held_out_tokens(tokenizer: Tokenizer, model: LlamaForCausalLM, stdlib: Path
 
 def _measure(
     precision: str,
-    model: LlamaForCausalLM,
+    model: CausalLM,
     tokenizer: Tokenizer,
     tokens: Tensor,
     max_tokens: int,
@@ -196,7 +196,7 @@ def _measure(
     )
 
 
-def _generate(model: LlamaForCausalLM, prompt: list[int], max_tokens: int):
+def _generate(model: CausalLM, prompt: list[int], max_tokens: int):
     generator = torch.Generator(device=model.device).manual_seed(SEED)
     return generate_tokens(
         model,

@@ -1,4 +1,5 @@
-"""A minimal runtime for LLaMA-style checkpoints in Hugging Face form.
+"""A minimal runtime for decoders in Hugging Face form: LLaMA, Mistral, Qwen2, Qwen3, OPT, GPT-2,
+GPT-J, GPT-NeoX and BLOOM; and for BERT encoders.
 
 from fastq import runtime
 model = runtime.load_model(folder)
@@ -8,19 +9,24 @@ print(tokenizer.decode(ids[0].tolist()))
 """
 
 from .checkpoint import load_model
-from .config import LlamaConfig
+from .config import EncoderConfig, ModelConfig
+from .encoder import Encoder, EncoderOutput, load_encoder
 from .generation import generate, generate_tokens, sample
 from .kv_cache import KVCache
-from .model import LlamaForCausalLM
+from .model import CausalLM
 from .tokenizer import Tokenizer
 
 __all__ = [
+    "CausalLM",
+    "Encoder",
+    "EncoderConfig",
+    "EncoderOutput",
     "KVCache",
-    "LlamaConfig",
-    "LlamaForCausalLM",
+    "ModelConfig",
     "Tokenizer",
     "generate",
     "generate_tokens",
+    "load_encoder",
     "load_model",
     "sample",
 ]

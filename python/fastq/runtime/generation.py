@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .model import LlamaForCausalLM
+from .model import CausalLM
 
 
 def sample(
@@ -44,7 +44,7 @@ def sample(
 
 @torch.no_grad()
 def generate_tokens(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     input_ids: Tensor | Sequence[int],
     *,
     max_new_tokens: int,
@@ -103,7 +103,7 @@ def generate_tokens(
         ids = token[:, None]
 
 
-def generate(model: LlamaForCausalLM, input_ids: Tensor | Sequence[int], **options) -> Tensor:
+def generate(model: CausalLM, input_ids: Tensor | Sequence[int], **options) -> Tensor:
     """The new tokens, (batch, new) int64 with new <= max_new_tokens.
 
     Takes what `generate_tokens` takes, and raises the same.
