@@ -63,7 +63,7 @@ def quantised_linears(
         dtype = dtype_of(f"{name}.weight")
         if not all(quantization.quantizes(alias, dtype) for alias in linear.names):
             continue
-        if linear.tensor.transposed:
+        if linear.weight.transposed:
             raise NotImplementedError(
                 f"{quantization.source}: {name} is quantised, but a Conv1D in transformers; "
                 "expected a family of nn.Linear layers"
