@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,4 +95,5 @@ def build_linears(
     Raises ValueError and NotImplementedError for values that are no scales.
     """
     state = quantization.read(linear.name, tensor)
-    return {name: own.to_module(device) for name, own in split(state, linear.split_rows).items()}
+    parts = split(state, partial(linear.split_rows, device=device), device)
+    return {name: part.to_module() for name, part in parts.items()}

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..nn import Int8Linear, OutlierLinear
@@ -29,7 +30,7 @@ class _Same:
         return parameters[self.name]
 
     def split(self, tensor: Tensor, dtype: Any, device: Any) -> Iterator[tuple[str, Tensor]]:
-        yield self.name, tensor.to(device=device, dtype=dtype)
+        yield self.name, tensor.to(device=device, dtype=dtype, copy=True)
 
     @property
     def parts(self) -> tuple[str]:
@@ -75,10 +76,10 @@ class StoredLinear:
         states = {name: state_of(module) for name, module in self.modules.items()}
         return join(states, self._join_rows)
 
-    def split_rows(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Each module's rows of an (N, K) or (N,) tensor of the layer."""
+    def split_rows(self, tensor: Tensor, device: torch.device | str) -> dict[str, Tensor]:
+        """Copies of each module's rows of an (N, K) or (N,) tensor of the layer, on the device."""
         stored = self.weight if tensor.dim() == 2 else self.scale
-        pieces = stored.split(tensor, tensor.dtype, tensor.device)
+        pieces = stored.split(tensor, tensor.dtype, device)
         return {name.rpartition(".")[0]: piece for name, piece in pieces}
 
     def _join_rows(self, rows: dict[str, Tensor]) -> Tensor:
