@@ -1,5 +1,5 @@
-"""Folders of LLM.int8() models: names, dtypes and values as transformers writes them, by itself and
-not by bitsandbytes, which needs a GPU."""
+"""Folders of LLM.int8() models. bitsandbytes does not run here: its names, dtypes and values are
+checked, as transformers writes them."""
 
 from __future__ import annotations
 
