@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastq
-from fastq.integrations.bitsandbytes import Linear8bitLt
-from fastq.nn import Int8Linear, OutlierLinear
-from fastq.runtime import load_model
+from fastq.nn import Int8Linear
+from fastq.runtime import CausalLM, ModelConfig, load_encoder, load_model
 from quantized_folders import (
     FAMILIES,
     IDS,
@@ -196,8 +198,13 @@ class TestRoundTrip:
         loaded = load_model(tmp_path / "int8")
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
-    def test_quantised_head_is_not_tied(self, tmp_path, compressed_tensors):
-        source = save_float(tmp_path / "float", "qwen2")
+    @pytest.mark.parametrize("family", ["qwen2", "opt"])
+    def test_quantised_head_is_not_tied(self, tmp_path, compressed_tensors, family):
+        source = save_float(tmp_path / "float", family)
+        raw = read_config(source)
+        if family == "opt":  # the default there
+            assert raw.pop("tie_word_embeddings", True)
+        (source / "config.json").write_text(json.dumps(raw))
         model = fastq.quantize(load_model(source), skip=())
         fastq.save_quantized(model, tmp_path / "int8", source=source)
         assert read_config(tmp_path / "int8")["tie_word_embeddings"] is False
@@ -231,6 +238,68 @@ class TestRoundTrip:
             "model.safetensors",
             "tokenizer.json",
         }
+
+
+_LOAD = """
+import sys
+from pathlib import Path
+from fastq.runtime import load_model
+
+def status(name):
+    text = Path("/proc/self/status").read_text()
+    return int(text.partition(name + ":")[2].split()[0]) * 1024
+
+load_model(sys.argv[1])  # what the first use of libraries takes is not the weights'
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of VmRSS
+model = load_model(sys.argv[2])
+tensors = [*model.parameters(), *model.buffers()]
+touched = sum(t.reshape(-1)[::64].sum().item() for t in tensors)  # mapped pages come in
+print(sum(t.numel() * t.element_size() for t in tensors), status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_loading_takes_at_most_1_1_times_the_weights(tmp_path):
+    config = ModelConfig(
+        vocab_size=101,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=20,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        dtype="float32",
+    )
+    with torch.device("meta"):
+        deep = CausalLM(config).requires_grad_(False)
+    for parameter in deep.to_empty(device="cpu").parameters():
+        parameter.uniform_(-0.1, 0.1)
+    fastq.quantize(deep)
+    fastq.save_quantized(deep, tmp_path / "deep", max_shard_size="20MB")
+    fastq.save_quantized(make_quantized(tmp_path)[0], tmp_path / "small")
+    command = [sys.executable, "-c", _LOAD, tmp_path / "small", tmp_path / "deep"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    size, peak = map(int, run.stdout.split())
+    assert size > 50e6
+    assert 0.9 * size <= peak <= 1.1 * size
+
+
+def test_encoder(tmp_path, compressed_tensors):
+    from transformers import AutoModel, BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 103, "hidden_size": 64, "intermediate_size": 96}
+    theirs = BertModel(BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)).eval()
+    theirs.save_pretrained(tmp_path / "float")
+    encoder = fastq.quantize(load_encoder(tmp_path / "float"))
+    fastq.save_quantized(encoder, tmp_path / "int8", source=tmp_path / "float")
+    ours = encoder(IDS)
+    loaded = load_encoder(tmp_path / "int8")(IDS)
+    assert torch.equal(loaded.hidden, ours.hidden)
+    assert torch.equal(loaded.pooled, ours.pooled)
+    hidden = AutoModel.from_pretrained(tmp_path / "int8")(IDS).last_hidden_state
+    assert rms(hidden - ours.hidden) < ROUNDED_ANEW * rms(ours.hidden)
 
 
 class TestLlmCompressor:
@@ -364,68 +433,4 @@ class TestLlmCompressor:
         )
         zeros = torch.zeros(64, 1, dtype=torch.int8)
         edit_tensors(tmp_path / "int8", lambda t: t.update({f"{DOWN}.weight_zero_point": zeros}))
-        assert torch.equal(load_model(tmp_path / "int8")(IDS), model(IDS))
-
-
-class TestBitsAndBytes:
-    """bitsandbytes does not run here: names, dtypes and values, as transformers writes them."""
-
-    def test_tensors(self, tmp_path):
-        model, source = make_quantized(tmp_path, "llm_int8")
-        fastq.save_quantized(model, tmp_path / "int8")
-        tensors, weights = read_tensors(tmp_path / "int8"), read_tensors(source)
-        weight = weights[f"{DOWN}.weight"]
-        assert torch.equal(tensors[f"{DOWN}.SCB"], weight.abs().amax(1))
-        expected = (weight.double() * 127 / weight.abs().amax(1, keepdim=True)).round()
-        assert torch.equal(tensors[f"{DOWN}.weight"], expected.to(torch.int8))
-        assert tensors[f"{DOWN}.SCB"].dtype == torch.float32
-        kind = tensors[f"{DOWN}.weight_format"]
-        assert (kind.dtype, kind.shape, kind.item()) == (torch.uint8, (), 0)
-        quantised = {
-            f"{name}.{leaf}"
-            for name, module in model.named_modules()
-            if isinstance(module, OutlierLinear)
-            for leaf in ("SCB", "weight_format")
-        }
-        assert tensors.keys() == weights.keys() | quantised
-
-    def test_config(self, tmp_path):
-        transformers = pytest.importorskip("transformers")
-        model, _ = make_quantized(tmp_path, "llm_int8")
-        fastq.save_quantized(model, tmp_path / "int8")
-        expected = transformers.BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=1.5, llm_int8_skip_modules=["lm_head"]
-        )
-        found = read_config(tmp_path / "int8")["quantization_config"]
-        assert found == expected.to_dict()
-
-    def test_linear8bitlt_takes_the_layer(self, tmp_path):
-        model, _ = make_quantized(tmp_path, "llm_int8")
-        fastq.save_quantized(model, tmp_path / "int8")
-        tensors = read_tensors(tmp_path / "int8")
-        state = {k.removeprefix(f"{DOWN}."): t for k, t in tensors.items() if k.startswith(DOWN)}
-        module = Linear8bitLt(96, 64, bias=False, has_fp16_weights=False, threshold=1.5)
-        module.load_state_dict(state)
-        x = torch.randn(5, 96)
-        assert torch.equal(module(x), model.get_submodule(DOWN)(x))
-
-    def test_without_a_format_or_skipped_modules(self, tmp_path):
-        """As older versions write it."""
-        model, _ = make_quantized(tmp_path, "llm_int8")
-        fastq.save_quantized(model, tmp_path / "int8")
-        edit_tensors(
-            tmp_path / "int8", lambda t: [t.pop(k) for k in list(t) if k.endswith("weight_format")]
-        )
-        edit_quantization(
-            tmp_path / "int8",
-            lambda raw: (raw.pop("quant_method"), raw.update(llm_int8_skip_modules=None)),
-        )
-        assert torch.equal(load_model(tmp_path / "int8")(IDS), model(IDS))
-
-    def test_a_row_of_zeros(self, tmp_path):
-        """bitsandbytes' SCB of it is 0."""
-        model, _ = make_quantized(tmp_path, "llm_int8")
-        model.get_submodule(DOWN).weight[3] = 0
-        fastq.save_quantized(model, tmp_path / "int8")
-        edit_tensors(tmp_path / "int8", lambda t: t[f"{DOWN}.SCB"].__setitem__(3, 0))
         assert torch.equal(load_model(tmp_path / "int8")(IDS), model(IDS))
