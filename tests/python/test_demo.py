@@ -14,7 +14,7 @@ import torch
 
 import fastq.demo
 from fastq.demo import corpus, run, train
-from fastq.demo.perplexity import nats_per_token, windows
+from fastq.evaluation import nats_per_token, windows
 from fastq.nn import Int8Linear
 from fastq.runtime import Tokenizer, load_model
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, ops
+from ..evaluation import nats_per_token, windows
 from ..nn import Int8Linear
 from ..quantization import quantize
 from ..runtime import CausalLM, Tokenizer, generate_tokens, load_model
 from . import corpus
-from .perplexity import nats_per_token, windows
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 PROMPT = '''import os
@@ -176,13 +176,13 @@ def _measure(
 
     begin = _synchronised_time(model.device)
     generated = []
-    for token in _generate(model, prompt, max_tokens):
-        generated.append(token)
+    for step in _generate(model, prompt, max_tokens):
+        generated.append(step.tokens[0])
         report(f"{precision}: generation", 1)
     generating = _synchronised_time(model.device) - begin
 
-    new = torch.cat(generated).tolist()
-    end = next((i for i, t in enumerate(new) if t in model.config.eos_token_ids), len(new))
+    ends = model.config.eos_token_ids
+    end = next((i for i, token in enumerate(generated) if token in ends), len(generated))
     linear = [m for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear))]
     linear = [m for m in linear if m is not model.lm_head]
     return Figures(
@@ -192,19 +192,13 @@ def _measure(
         linear_weight_bytes=sum(weight_bytes(m) for m in linear),
         scored_tokens_per_second=(len(tokens) - 1) / scoring,
         generated_tokens_per_second=max_tokens / generating,
-        sample=tokenizer.decode(new[:end]),
+        sample=tokenizer.decode(generated[:end]),
     )
 
 
 def _generate(model: CausalLM, prompt: list[int], max_tokens: int):
-    generator = torch.Generator(device=model.device).manual_seed(SEED)
     return generate_tokens(
-        model,
-        prompt,
-        max_new_tokens=max_tokens,
-        eos_token_ids=(),
-        generator=generator,
-        **SAMPLING,
+        model, prompt, max_new_tokens=max_tokens, stop_token_ids=(), seed=SEED, **SAMPLING
     )
 
 

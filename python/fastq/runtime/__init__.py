@@ -3,24 +3,32 @@
 from fastq import runtime
 model = runtime.load_model(folder)
 tokenizer = runtime.Tokenizer(folder)
-ids = runtime.generate(model, tokenizer.encode("def "), max_new_tokens=64)
-print(tokenizer.decode(ids[0].tolist()))
+for piece in runtime.stream_text(model, tokenizer, "def ", max_new_tokens=64):
+    print(piece, end="", flush=True)
 """
 
 from .checkpoint import load_model
 from .config import ModelConfig
-from .generation import generate, generate_tokens, sample
+from .generation import Generation, generate, generate_tokens, stream_text
 from .kv_cache import KVCache
+from .memory import cache_bytes
 from .model import CausalLM
+from .sampling import SamplingParameters, sample
+from .text_stream import TextStream
 from .tokenizer import Tokenizer
 
 __all__ = [
     "CausalLM",
+    "Generation",
     "KVCache",
     "ModelConfig",
+    "SamplingParameters",
+    "TextStream",
     "Tokenizer",
+    "cache_bytes",
     "generate",
     "generate_tokens",
     "load_model",
     "sample",
+    "stream_text",
 ]
