@@ -55,7 +55,7 @@ def default_config(vocab_size: int) -> ModelConfig:
         num_key_value_heads=4,
         head_dim=32,
         max_position_embeddings=CONTEXT,
-        rms_norm_eps=1e-5,
+        norm_eps=1e-5,
         rope_theta=10000.0,
         tie_word_embeddings=True,
         bos_token_id=0,

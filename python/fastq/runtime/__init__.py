@@ -1,4 +1,5 @@
-"""A minimal runtime for LLaMA-style checkpoints in Hugging Face form.
+"""A minimal runtime for decoders in Hugging Face form: LLaMA, Mistral, Qwen2, Qwen3, OPT, GPT-2,
+GPT-J, GPT-NeoX and BLOOM.
 
 from fastq import runtime
 model = runtime.load_model(folder)

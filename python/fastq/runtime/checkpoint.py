@@ -1,29 +1,46 @@
 """Loads a Hugging Face folder: config.json and model.safetensors, in one file or in shards.
 
 Every name and shape is checked against the config before any weight is read, so a foreign or
-damaged checkpoint gives one clear error and no half-loaded model.
+damaged checkpoint gives one clear error and no half-loaded model. Files are memory-mapped and read
+tensor by tensor: beside the weights themselves, one tensor at a time is in memory.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import ModelConfig
+from .families import FAMILIES
+from .layout import StoredTensor, stored_module, stored_tensors
 from .model import CausalLM
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+
+class Location(NamedTuple):
+    """The file that holds a tensor, and its name there."""
+
+    path: Path
+    name: str
+
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-# Old exports hold the rotary frequencies, which the config already fixes.
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Old exports hold the rotary frequencies, which the config already fixes, and causal masks.
+_IGNORED = re.compile(
+    r"(\S+\.)?(h|layers)\.\d+\.\w+\.(rotary_emb\.inv_freq|masked_bias)"
+    r"|(\S+\.)?(h|layers)\.\d+\.(attn|attention)\.bias"
+    r"|(\S+\.)?(decoder\.version|embeddings\.position_ids)"
+)
 
 
 def load_model(
@@ -31,8 +48,9 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    convert: Callable[[str, nn.Module], nn.Module] | None = None,
 ) -> CausalLM:
-    """Loads a LLaMA-style model for inference.
+    """Loads a decoder of any family in `families.py` for inference.
 
     Args:
         folder: holds config.json and model.safetensors, or the shards that
@@ -40,6 +58,10 @@ def load_model(
         dtype: float32, float16 or bfloat16; None keeps the one that config.json names, else
             float32.
         device: where the weights go.
+        convert: called with the name of every linear layer and the layer, as soon as its weights
+            are on the device and before any later one's are; what it returns takes its place. So a
+            model may be quantised that is larger than the device. An output projection tied to the
+            embedding is passed last.
 
     Returns:
         The model in eval mode, its parameters without gradients.
@@ -51,39 +73,69 @@ def load_model(
         NotImplementedError: a model that the runtime does not compute.
     """
     folder = Path(folder)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{config_file}: no such file; expected a Hugging Face folder")
+    config_file = find_config(folder)
     config = ModelConfig.from_file(config_file)
-    dtype = _resolve_dtype(dtype, config, config_file)
+    dtype = resolve_dtype(dtype, config.dtype, config_file)
     with torch.device("meta"):
         model = CausalLM(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    locations = _locate_tensors(folder)
-    _check_names(expected, locations, config, folder)
-    state = _read_tensors(expected, locations, dtype, torch.device(device))
-    _settle_tied_head(state, config, folder)
-    model.load_state_dict(state, assign=True, strict=not config.tie_word_embeddings)
-    model.tie_weights()
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    family = FAMILIES[config.family]
+    head, embedding = (
+        f"{stored_module(family, module)}.weight" for module in ("lm_head", "model.embed_tokens")
+    )
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    tensors = stored_tensors(family, config.head_dim, shapes)
+    locations = locate_tensors(folder, tensors, family.prefix)
+    tied_head = locations.pop(head, None) if config.tie_word_embeddings else None
+    check_tensors(folder, tensors, locations)
+    if tied_head is not None:
+        _check_tied_head(tied_head, locations[embedding])
+    fill_parameters(model, read_tensors(tensors, locations, dtype, torch.device(device)), convert)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+        if convert is not None:
+            model.lm_head = convert("lm_head", model.lm_head)
     return model.eval().requires_grad_(False)
 
 
-def _resolve_dtype(
-    dtype: torch.dtype | None, config: ModelConfig, config_file: Path
-) -> torch.dtype:
+def find_config(folder: Path) -> Path:
+    """The folder's config.json. Raises FileNotFoundError."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{config_file}: no such file; expected a Hugging Face folder")
+    return config_file
+
+
+def resolve_dtype(dtype: torch.dtype | None, named: str | None, config_file: Path) -> torch.dtype:
+    """The dtype asked for, else the one that config.json names, else float32."""
     if dtype is None:
-        if config.dtype is not None and config.dtype not in _DTYPES:
+        if named is not None and named not in _DTYPES:
             raise NotImplementedError(
-                f"{config_file}: dtype {config.dtype!r} is not supported; expected one of "
+                f"{config_file}: dtype {named!r} is not supported; expected one of "
                 f"{', '.join(_DTYPES)}"
             )
-        return _DTYPES[config.dtype or "float32"]
+        return _DTYPES[named or "float32"]
     if dtype not in _DTYPES.values():
         raise TypeError(f"load_model: dtype is {dtype}, expected one of {', '.join(_DTYPES)}")
     return dtype
 
 
-def _locate_tensors(folder: Path) -> dict[str, Path]:
+def locate_tensors(
+    folder: Path, tensors: dict[str, StoredTensor], prefix: str
+) -> dict[str, Location]:
+    """Where each tensor of the checkpoint is, by its full name: one saved without its head may
+    leave out `prefix`."""
+    files = _locate_files(folder)
+    if any(name.startswith(prefix) for name in files):
+        return {name: Location(path, name) for name, path in files.items()}
+    return {
+        prefix + name if prefix + name in tensors else name: Location(path, name)
+        for name, path in files.items()
+    }
+
+
+def _locate_files(folder: Path) -> dict[str, Path]:
     """The file that holds each tensor of the checkpoint."""
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file():
@@ -131,50 +183,36 @@ def _open(path: Path):
         ) from None
 
 
-def _check_names(
-    expected: dict[str, torch.Size], locations: dict[str, Path], config: ModelConfig, folder: Path
+def check_tensors(
+    folder: Path, tensors: dict[str, StoredTensor], locations: dict[str, Location]
 ) -> None:
-    missing = sorted(expected.keys() - locations.keys())
-    if config.tie_word_embeddings and "lm_head.weight" in missing:
-        missing.remove("lm_head.weight")
+    """Raises ValueError unless the checkpoint holds these tensors, in their shapes, and no other.
+    Reads the files' headers only."""
+    missing = sorted(tensors.keys() - locations.keys())
     if missing:
-        file = next(iter(locations.values()), folder / SINGLE_FILE)
+        file = next(iter(locations.values()), Location(folder / SINGLE_FILE, "")).path
         raise ValueError(
             f"{file}: missing tensor {missing[0]}{_more(missing)}; config.json asks for "
-            f"{len(expected)} tensors, got {len(locations)}"
+            f"{len(tensors)} tensors, got {len(locations)}"
         )
-    extra = sorted(n for n in locations.keys() - expected.keys() if not _IGNORED.fullmatch(n))
+    extra = sorted(n for n in locations.keys() - tensors.keys() if not _IGNORED.fullmatch(n))
     if extra:
         raise ValueError(
-            f"{locations[extra[0]]}: unexpected tensor {extra[0]}{_more(extra)}; config.json "
+            f"{locations[extra[0]].path}: unexpected tensor {extra[0]}{_more(extra)}; config.json "
             f"describes a model without it"
         )
+    by_file: dict[Path, list[str]] = {}
+    for name in tensors:
+        by_file.setdefault(locations[name].path, []).append(name)
+    for path, names in by_file.items():
+        with _open(path) as file:
+            for name in names:
+                stored = file.get_slice(locations[name].name)
+                _check_tensor(path, name, stored, tensors[name].shape)
 
 
 def _more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _read_tensors(
-    expected: dict[str, torch.Size],
-    locations: dict[str, Path],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    by_file: dict[Path, list[str]] = {}
-    for name in expected:
-        if name in locations:
-            by_file.setdefault(locations[name], []).append(name)
-    for path, names in by_file.items():
-        with _open(path) as file:
-            for name in names:
-                _check_tensor(path, name, file.get_slice(name), expected[name])
-    state = {}
-    for path, names in by_file.items():
-        with _open(path) as file:
-            for name in names:
-                state[name] = file.get_tensor(name).to(device=device, dtype=dtype)
-    return state
 
 
 def _check_tensor(path: Path, name: str, stored, shape: torch.Size) -> None:
@@ -190,12 +228,46 @@ def _check_tensor(path: Path, name: str, stored, shape: torch.Size) -> None:
         )
 
 
-def _settle_tied_head(state: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
-    if not config.tie_word_embeddings:
-        return
-    head = state.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, state["model.embed_tokens.weight"]):
+def read_tensors(
+    tensors: dict[str, StoredTensor],
+    locations: dict[str, Location],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[tuple[str, Tensor]]:
+    """The canonical parameters, one after the other, contiguous."""
+    for name, stored in tensors.items():
+        tensor = _read(locations[name])
+        for part, piece in stored.split(tensor).items():
+            yield part, piece.to(device=device, dtype=dtype).contiguous()
+
+
+def _read(location: Location) -> Tensor:
+    # A file opened anew: its mapped pages are let go with the tensor.
+    with _open(location.path) as file:
+        return file.get_tensor(location.name)
+
+
+def fill_parameters(
+    model: nn.Module,
+    parameters: Iterator[tuple[str, Tensor]],
+    convert: Callable[[str, nn.Module], nn.Module] | None,
+) -> None:
+    """Puts parameters in the place of those on the meta device, and passes every linear layer that
+    has all of its own through `convert`."""
+    for name, tensor in parameters:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        del tensor
+        if convert is None or not isinstance(module, nn.Linear):
+            continue
+        if not any(p.is_meta for p in module.parameters()):
+            model.set_submodule(path, convert(path, module))
+
+
+def _check_tied_head(head: Location, embedding: Location) -> None:
+    if not torch.equal(_read(head), _read(embedding)):
         raise ValueError(
-            f"{folder}: lm_head.weight differs from model.embed_tokens.weight, expected equal "
-            "ones because config.json says tie_word_embeddings"
+            f"{head.path}: {head.name} differs from {embedding.name}, expected equal ones because "
+            "config.json says tie_word_embeddings"
         )
