@@ -133,6 +133,93 @@ def test_a_batch_goes_on_until_every_sequence_has_ended():
     assert [step.tokens[1] for step in steps] == second[: len(steps)]
 
 
+class TestRagged:
+    """Prompts of different lengths in one batch."""
+
+    PROMPTS = ([1, 2, 3, 4, 5, 6, 7], [9], [30, 31, 32, 33], [11, 12])
+
+    def test_each_prompt_goes_on_as_it_does_alone(self, device):
+        model = make_model(device)
+        together = new_ids(model, self.PROMPTS, max_new_tokens=25)
+        assert together == [new_ids(model, p, max_new_tokens=25)[0] for p in self.PROMPTS]
+
+    def test_sampled_with_logprobs(self, device):
+        model = make_model(device)
+        options = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2, "logprobs": True}
+        options |= {"max_new_tokens": 15}
+        together = generate(model, self.PROMPTS, seed=[5, 6, 7, 8], **options)
+        for b, prompt in enumerate(self.PROMPTS):
+            (alone,) = generate(model, prompt, seed=5 + b, **options)
+            assert together[b].ids == alone.ids
+            assert together[b].logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+    def test_they_end_one_by_one(self):
+        model = make_model()
+        free = new_ids(model, self.PROMPTS, max_new_tokens=20)
+        end = free[1][6]
+        results = generate(model, self.PROMPTS, max_new_tokens=20, stop_token_ids=[end])
+        for result, tokens in zip(results, free, strict=True):
+            stop = tokens.index(end) + 1 if end in tokens else None
+            assert result.ids == tokens[:stop]
+            assert result.finish_reason == ("stop" if stop else "length")
+
+
+class TestInt8Cache:
+    def quantised(self, cache, layer):
+        """The cache's keys and values as it means them."""
+        pairs = ((cache.keys, cache.key_scales), (cache.values, cache.value_scales))
+        return [(x[layer] * s[layer][..., None]).double() for x, s in pairs]
+
+    def test_it_holds_what_a_float_cache_holds(self, device):
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = make_model(device).to(dtype)
+        ids = torch.tensor([[0, 0, 4, 5], [6, 7, 8, 9]], device=device)
+        mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=device)
+        exact, cache = model.new_cache(2, 8), model.new_cache(2, 8, dtype=torch.int8)
+        for some in (exact, cache):
+            model(ids, some, attention_mask=mask)
+            model(ids[:, -1:], some)
+        assert cache.keys.dtype == cache.values.dtype == torch.int8
+        for b, length in enumerate((3, 5)):
+            for x, x_exact in zip(
+                self.quantised(cache, 0), (exact.keys[0], exact.values[0]), strict=True
+            ):
+                x, x_exact = x[b, :length], x_exact[b, :length].double()
+                half_a_step = x_exact.abs().amax(-1, keepdim=True) / 127 / 2
+                slack = 1e-6 if dtype == torch.float32 else 2**-7 * x_exact.abs()
+                assert ((x - x_exact).abs() <= half_a_step + slack).all()
+
+    def test_generation_goes_on_as_the_whole_sequence_does(self, device):
+        model = make_model(device)
+        if device.type == "cuda":
+            model.to(torch.bfloat16)
+        prompt = [3, 1, 4, 1, 5]
+        options = {"max_new_tokens": 10, "kv_cache": "int8", "logprobs": True}
+        (result,) = generate(model, prompt, **options)
+        ids = torch.tensor([prompt + result.ids], device=device)
+        log_p = model(ids, model.new_cache(1, 15, dtype=torch.int8))[0].double().log_softmax(-1)
+        expected = [log_p[i + 4, token].item() for i, token in enumerate(result.ids)]
+        tolerance = 1e-4 if device.type == "cpu" else 0.1
+        assert result.logprobs == pytest.approx(expected, abs=tolerance)
+        exact = model(ids)[0].double().log_softmax(-1)
+        assert 0 < (log_p - exact).abs().mean() < 0.05
+
+    def test_ragged(self, device):
+        model = make_model(device)
+        if device.type == "cuda":
+            model.to(torch.bfloat16)
+        options = {"max_new_tokens": 12, "kv_cache": "int8"}
+        prompts = TestRagged.PROMPTS
+        together = new_ids(model, prompts, **options)
+        if device.type == "cpu":  # in 16 bits a product's last bits depend on the batch
+            assert together == [new_ids(model, prompt, **options)[0] for prompt in prompts]
+
+    def test_a_dtype_without_a_kernel(self):
+        model = make_model().double()
+        with pytest.raises(NotImplementedError, match=r"an int8 cache takes no torch\.float64"):
+            generate(model, [1, 2], max_new_tokens=2, kv_cache="int8")
+
+
 def test_min_new_tokens(device):
     model = make_model(device)
     (free,) = new_ids(model, [1, 2, 3], max_new_tokens=12)
@@ -330,8 +417,10 @@ class TestOutOfMemory:
         actual = cache.keys.nbytes + cache.values.nbytes
         assert memory.cache_bytes(CONFIG, 3, 17, dtype=torch.float32) == actual
         assert memory.cache_bytes(CONFIG, 3, 17, dtype=torch.bfloat16) == actual // 2
-        # 8 int8 and one float32 in place of 8 float32
-        assert memory.cache_bytes(CONFIG, 3, 17, kv_cache="int8") == actual * 12 // 32
+        cache = make_model().new_cache(3, 17, dtype=torch.int8)
+        tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+        actual = sum(tensor.nbytes for tensor in tensors)
+        assert memory.cache_bytes(CONFIG, 3, 17, kv_cache="int8") == actual
 
     def test_it_says_what_would_fit(self):
         position = memory.cache_bytes(CONFIG, 1, 1, dtype=torch.bfloat16)
