@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = args.prompt if args.prompt is not None else [read_text(args.prompt_file)]
     tokenizer = load_tokenizer(args)
     model = load(args)
-    # As the tokenizer has it; where it puts nothing before an empty text, the model's own beginning.
+    # As the tokenizer has it, but that an empty text begins as the model's texts do.
     begin = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
     ids = [tokenizer.encode(text) or begin for text in prompts]
     options = _options(args, model, max(map(len, ids)))
