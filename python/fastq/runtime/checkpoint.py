@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .families import FAMILIES
+from .families import family_of
 from .layout import StoredTensor, stored_module, stored_tensors
 from .model import CausalLM
 
@@ -79,7 +79,7 @@ def load_model(
     with torch.device("meta"):
         model = CausalLM(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    family = FAMILIES[config.family]
+    family = family_of(config)
     head, embedding = (
         f"{stored_module(family, module)}.weight" for module in ("lm_head", "model.embed_tokens")
     )
@@ -125,14 +125,16 @@ def locate_tensors(
     folder: Path, tensors: dict[str, StoredTensor], prefix: str
 ) -> dict[str, Location]:
     """Where each tensor of the checkpoint is, by its full name: one saved without its head may
-    leave out `prefix`."""
+    leave out `prefix`. Old exports call a norm's weight gamma and its bias beta."""
     files = _locate_files(folder)
-    if any(name.startswith(prefix) for name in files):
-        return {name: Location(path, name) for name, path in files.items()}
-    return {
-        prefix + name if prefix + name in tensors else name: Location(path, name)
-        for name, path in files.items()
-    }
+    bare = not any(name.startswith(prefix) for name in files)
+    locations = {}
+    for stored, path in files.items():
+        name = stored.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        name = prefix + name if bare and prefix + name in tensors else name
+        locations[name] = Location(path, stored)
+    return locations
 
 
 def _locate_files(folder: Path) -> dict[str, Path]:

@@ -128,7 +128,7 @@ class ModelConfig:
         """
         from .families import read_config
 
-        return read_config(raw, source)
+        return read_config(raw, source, cls)
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
@@ -143,6 +143,15 @@ class ModelConfig:
         from .families import write_config
 
         return write_config(self)
+
+
+@dataclass(frozen=True)
+class EncoderConfig(ModelConfig):
+    """A BERT: `ModelConfig` with a norm after each residual sum, attention to both sides, and a
+    table of `type_vocab_size` token types."""
+
+    type_vocab_size: int = 2
+    family: str = "bert"
 
 
 _SIZES = (

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .config import ModelConfig, RopeScaling
+from .config import EncoderConfig, ModelConfig, RopeScaling
 
 _REQUIRED: Any = object()
 
@@ -236,8 +236,46 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+ENCODERS: dict[str, Family] = {
+    "bert": Family(
+        "BertModel",
+        _COMMON
+        | {
+            "intermediate_size": Entry("intermediate_size"),
+            "max_position_embeddings": Entry("max_position_embeddings", 512),
+            "norm_eps": Entry("layer_norm_eps", 1e-12),
+            "activation": Entry("hidden_act", "gelu"),
+            "type_vocab_size": Entry("type_vocab_size", 2),
+        },
+        _PLAIN_MLP | _BIASES | {"position": "learned", "embed_norm": True},
+        only={
+            "position_embedding_type": "absolute",
+            "is_decoder": False,
+            "add_cross_attention": False,
+        },
+        prefix="bert.",
+        layers="bert.encoder.layer",
+        names={
+            "embed_tokens": "bert.embeddings.word_embeddings",
+            "embed_positions": "bert.embeddings.position_embeddings",
+            "embed_types": "bert.embeddings.token_type_embeddings",
+            "embed_norm": "bert.embeddings.LayerNorm",
+            "pooler": "bert.pooler.dense",
+            "self_attn.q_proj": "attention.self.query",
+            "self_attn.k_proj": "attention.self.key",
+            "self_attn.v_proj": "attention.self.value",
+            "self_attn.o_proj": "attention.output.dense",
+            "post_attention_layernorm": "attention.output.LayerNorm",
+            "mlp.up_proj": "intermediate.dense",
+            "mlp.down_proj": "output.dense",
+            "output_layernorm": "output.LayerNorm",
+        },
+        canonical_layers="layers",
+    ),
+}
+
 # config.json's names of an activation; the first of a kind is the one written.
-ACTIVATION_NAMES = {
+_ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -259,10 +297,12 @@ _SCALING_NAMES = {
 }
 
 
-def read_config(raw: dict[str, Any], source: str) -> ModelConfig:
+def read_config(
+    raw: dict[str, Any], source: str, kind: type[ModelConfig] = ModelConfig
+) -> ModelConfig:
     """The config that a parsed `config.json` describes; see `ModelConfig.from_dict`."""
-    name, family = _family_of(raw, source)
-    check_only(raw, family.only, source)
+    name, family = _family_of(raw, ENCODERS if kind is EncoderConfig else FAMILIES, source)
+    _check_only(raw, family.only, source)
     fields = family.traits | {"family": name, "dtype": raw.get("dtype") or raw.get("torch_dtype")}
     missing = []
     for key, entry in family.entries.items():
@@ -276,7 +316,7 @@ def read_config(raw: dict[str, Any], source: str) -> ModelConfig:
         raise ValueError(f"{source}: missing {', '.join(missing)}")
     if "activation" in family.entries:
         entry = family.entries["activation"].name
-        fields["activation"] = read_activation(fields["activation"], entry, source)
+        fields["activation"] = _read_activation(fields["activation"], entry, source)
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
     _fill(fields, "num_key_value_heads", lambda: heads)
     _fill(fields, "head_dim", lambda: hidden // max(heads, 1))
@@ -293,18 +333,18 @@ def read_config(raw: dict[str, Any], source: str) -> ModelConfig:
     if family.windows:
         fields |= _read_windows(raw, fields["num_hidden_layers"])
     try:
-        return ModelConfig(**fields)
+        return kind(**fields)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """The `config.json` of the config's family; see `ModelConfig.to_dict`."""
-    family = FAMILIES[config.family]
+    family = family_of(config)
     raw = {"architectures": [family.architecture], "model_type": config.family}
     for key, entry in family.entries.items():
         value = getattr(config, key)
-        raw[entry.name] = activation_name(value) if key == "activation" else value
+        raw[entry.name] = _activation_name(value) if key == "activation" else value
     ends = list(config.eos_token_ids)
     raw["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
     # transformers before version 5 reads torch_dtype.
@@ -313,7 +353,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         raw |= _write_rope(config)
     if family.windows:
         raw |= _write_windows(config)
-    if read_config(raw, "config") != config:
+    if read_config(raw, "config", type(config)) != config:
         raise ValueError(f"config: a config.json of {config.family!r} cannot say {config}")
     return raw
 
@@ -323,18 +363,23 @@ def _fill(fields: dict[str, Any], name: str, value) -> None:
         fields[name] = value()
 
 
-def _family_of(raw: dict[str, Any], source: str) -> tuple[str, Family]:
+def family_of(config: ModelConfig) -> Family:
+    """The row of the config's family."""
+    return (ENCODERS if isinstance(config, EncoderConfig) else FAMILIES)[config.family]
+
+
+def _family_of(raw: dict[str, Any], families: dict[str, Family], source: str) -> tuple[str, Family]:
     name = raw.get("model_type")
     if name is None:
-        raise ValueError(f"{source}: no model_type; expected the config.json of a decoder")
-    if name not in FAMILIES:
+        raise ValueError(f"{source}: no model_type; expected the config.json of a model")
+    if name not in families:
         raise NotImplementedError(
-            f"{source}: model_type {name!r} is not supported; expected one of {', '.join(FAMILIES)}"
+            f"{source}: model_type {name!r} is not supported; expected one of {', '.join(families)}"
         )
-    return name, FAMILIES[name]
+    return name, families[name]
 
 
-def check_only(raw: dict[str, Any], only: dict[str, Any], source: str) -> None:
+def _check_only(raw: dict[str, Any], only: dict[str, Any], source: str) -> None:
     """Raises NotImplementedError where an entry asks for what the runtime does not compute."""
     for name, value in only.items():
         if raw.get(name, value) != value:
@@ -348,19 +393,19 @@ def check_only(raw: dict[str, Any], only: dict[str, Any], source: str) -> None:
         )
 
 
-def read_activation(name: str, entry: str, source: str) -> str:
+def _read_activation(name: str, entry: str, source: str) -> str:
     """The activation that config.json names in `entry`."""
-    if name not in ACTIVATION_NAMES:
+    if name not in _ACTIVATION_NAMES:
         raise NotImplementedError(
             f"{source}: {entry} {name!r} is not supported; expected one of "
-            f"{', '.join(ACTIVATION_NAMES)}"
+            f"{', '.join(_ACTIVATION_NAMES)}"
         )
-    return ACTIVATION_NAMES[name]
+    return _ACTIVATION_NAMES[name]
 
 
-def activation_name(activation: str) -> str:
+def _activation_name(activation: str) -> str:
     """What config.json calls an activation."""
-    return next(name for name, kind in ACTIVATION_NAMES.items() if kind == activation)
+    return next(name for name, kind in _ACTIVATION_NAMES.items() if kind == activation)
 
 
 def _has_rope(family: Family) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .families import FAMILIES, Family
+from .families import Family, family_of
 
 _QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 
@@ -103,7 +103,7 @@ def to_checkpoint(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str,
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    tensors = stored_tensors(FAMILIES[config.family], config.head_dim, shapes)
+    tensors = stored_tensors(family_of(config), config.head_dim, shapes)
     return {name: tensor.join(state) for name, tensor in tensors.items()}
 
 
@@ -116,7 +116,7 @@ def from_checkpoint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[
 
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in CausalLM(config).state_dict().items()}
-    known = stored_tensors(FAMILIES[config.family], config.head_dim, shapes)
+    known = stored_tensors(family_of(config), config.head_dim, shapes)
     state = {}
     for name, tensor in tensors.items():
         if name not in known:

@@ -12,7 +12,7 @@ Sources: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models",
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -38,10 +38,10 @@ class ForwardState:
     """What the layers share in one forward pass: `rotary` is cos and sin of every token's position,
     None with a cache, which rotates."""
 
-    cache: KVCache | None
-    packing: Packing | None
-    rotary: tuple[Tensor, Tensor] | None
-    alibi_slopes: Tensor | None
+    cache: KVCache | None = None
+    packing: Packing | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    alibi_slopes: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -69,14 +69,14 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key and value heads."""
+    """Self-attention with grouped key and value heads."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, *, causal: bool = True) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
         self.interleaved = config.rotary_interleaved
-        self.rule = {"softmax_scale": config.softmax_scale, "window": config.window(layer)}
+        self.rule = AttentionRule(causal, config.softmax_scale, config.window(layer))
         heads = config.num_attention_heads * config.head_dim
         kv_heads = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, heads, bias=config.qkv_bias)
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        rule = AttentionRule(alibi_slopes=state.alibi_slopes, **self.rule)
+        rule = replace(self.rule, alibi_slopes=state.alibi_slopes)
         if state.cache is not None:
             out = state.cache.attend(self.layer, query, key, value, rule, state.packing)
             return self.o_proj(out.flatten(2))
@@ -254,7 +254,7 @@ class CausalLM(nn.Module):
         with padding where the cache is not empty.
         """
         _check_input(input_ids, cache)
-        packing = _make_packing(input_ids, cache, attention_mask)
+        packing = make_packing(input_ids, cache, attention_mask)
         _check_room(input_ids.shape[1] if packing is None else packing.max_length, cache, self)
         if packing is None:
             hidden = self.model(input_ids, cache)
@@ -277,7 +277,7 @@ def _check_input(input_ids: Tensor, cache: KVCache | None) -> None:
         )
 
 
-def _make_packing(
+def make_packing(
     input_ids: Tensor, cache: KVCache | None, attention_mask: Tensor | None
 ) -> Packing | None:
     """None where there is no padding."""
