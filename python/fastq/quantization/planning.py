@@ -169,7 +169,7 @@ def make_plans(
         if target.linear not in in_groups and (
             target.linear_scheme == "w8a8_static" or wants_columns
         ):
-            leaders[name] = Group(None, {name: target.linear})
+            leaders[name] = Group(None, {name: target.linear}, is_smoothed=False)
     if not leaders:
         return plans
     parts = input_statistics(
@@ -195,8 +195,8 @@ def _plan_group(
     plans: Plans,
 ) -> None:
     """Completes the plans of linears that read one input."""
-    targets = [by_linear[linear] for linear in group.linears.values() if linear in by_linear]
-    smoothed = {name: t for name, t in _named(group, by_linear) if t.is_smoothed}
+    targets = {n: by_linear[linear] for n, linear in group.linears.items() if linear in by_linear}
+    smoothed = {n: t for n, t in targets.items() if group.is_smoothed and t.is_smoothed}
     smooth = None
     if smoothed:
         alpha = options.alpha
@@ -208,9 +208,9 @@ def _plan_group(
     if smooth is not None and group.norm is not None:
         parameters, smooth = folded_norm(model.get_submodule(group.norm), smooth)
         plans.foldings.append(Folding(group.norm, parameters, smooth, group.linears))
-    for target in targets:
+    for name, target in targets.items():
         plan = plans.linears[target.name]
-        if group.norm is not None or target.is_smoothed:
+        if group.norm is not None or name in smoothed:
             plan = replace(plan, smooth=smooth, is_folded=group.norm is not None)
         if plan.scheme == "w8a8_static":
             scale = static_scale(statistics, plan.smooth, options.percentile)
@@ -218,10 +218,6 @@ def _plan_group(
         if plan.scheme == "llm_int8" and options.keep_outlier_weights:
             plan = replace(plan, outlier_columns=_outlier_columns(statistics, plan))
         plans.linears[target.name] = plan
-
-
-def _named(group: Group, by_linear: dict[nn.Module, Target]) -> list[tuple[str, Target]]:
-    return [(n, by_linear[linear]) for n, linear in group.linears.items() if linear in by_linear]
 
 
 def _outlier_columns(statistics: InputStatistics, plan: LinearPlan) -> Tensor:

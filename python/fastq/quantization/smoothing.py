@@ -30,10 +30,11 @@ Groups = Sequence[tuple[str | None, Sequence[str]]]
 
 @dataclass
 class Group:
-    """Linears that read one input, and the norm that writes it, if there is one."""
+    """Linears that read one input, and the norm that writes it, if that is smoothed."""
 
     norm: str | None
     linears: dict[str, nn.Linear]
+    is_smoothed: bool = True
 
 
 def decoder_groups(model: nn.Module) -> list[tuple[str | None, list[str]]]:
