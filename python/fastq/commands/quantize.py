@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .arguments import DTYPES, add_command, add_json, add_model, not_negative, positive
@@ -99,8 +101,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     calibration.add_argument(
         "--calibration",
         metavar="FILE",
-        help="a text file, or stdlib: the source of Python's standard library (the default where a "
-        "scheme or option needs one)",
+        help="a text file, or stdlib: the source of Python's standard library (the default); read "
+        "where the scheme or --keep-worst needs it",
     )
     calibration.add_argument(
         "--samples", type=positive, default=64, help="pieces of that text (default: 64)"
@@ -133,7 +135,19 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--dtype", choices=DTYPES, help="of what stays in float (default: the checkpoint's)"
     )
     add_json(parser, "what was written")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, check=check)
+
+
+def check(args: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments together."""
+    if args.percentile is not None and not _needs_text(args):
+        return "argument --percentile: expected a scheme with static scales"
+    return None
+
+
+def _needs_text(args: argparse.Namespace) -> bool:
+    schemes = [args.scheme, *(scheme for _, scheme in args.override or ())]
+    return args.keep_worst > 0 or any(scheme in _CALIBRATED for scheme in schemes)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -146,10 +160,14 @@ def run(args: argparse.Namespace) -> int:
 
     source = model_folder(args.model)
     with progress_bar() as report:
-        model = load(args, for_speed=False)
-        before = weight_bytes(model)
-        options = _options(args, model)
-        model = quantize(model, args.scheme, on_progress=report, **options)
+        options = _options(args, source)
+        if "calibration" in options:
+            model = load(args, for_speed=False)
+            model = quantize(model, args.scheme, on_progress=report, **options)
+        else:
+            convert, layers = _converter(args.scheme, options, source, report)
+            model = load(args, for_speed=False, convert=convert)
+            report("quantising", layers, layers)
         report("writing", 0, 0)
         save_quantized(model, args.out, source=source)
     result = {
@@ -157,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
         "out": args.out,
         "scheme": args.scheme,
         "quantized_layers": _count(model),
-        "weight_bytes_before": before,
+        "weight_bytes_before": _meta_numel(source) * model.dtype.itemsize,
         "weight_bytes": weight_bytes(model),
         "seconds": time.perf_counter() - begin,
     }
@@ -166,38 +184,68 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(
         f"{args.out}: {result['quantized_layers']} layers in INT8 ({args.scheme}), "
-        f"{before / 1e6:,.1f} MB of weights became {result['weight_bytes'] / 1e6:,.1f} MB "
+        f"{result['weight_bytes_before'] / 1e6:,.1f} MB of weights became {result['weight_bytes'] / 1e6:,.1f} MB "
         f"in {result['seconds']:.0f} s"
     )
     return 0
 
 
-def _options(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+def _options(args: argparse.Namespace, source: Path) -> dict[str, Any]:
     """The keyword arguments of `fastq.quantize`."""
     from ..quantization import calibration_batches
-    from .models import load_tokenizer
+    from ..runtime import ModelConfig, Tokenizer
 
-    schemes = [args.scheme, *(scheme for _, scheme in args.override or ())]
-    needs_text = args.keep_worst > 0 or any(scheme in _CALIBRATED for scheme in schemes)
     options: dict[str, Any] = {}
-    source = args.calibration or ("stdlib" if needs_text else None)
-    if source is not None:
-        length = min(args.length, model.config.max_position_embeddings)
+    if _needs_text(args):
+        config = ModelConfig.from_file(source / "config.json")
+        length = min(args.length, config.max_position_embeddings)
         options["calibration"] = calibration_batches(
-            source, load_tokenizer(args), samples=args.samples, length=length
+            args.calibration or "stdlib", Tokenizer(source), samples=args.samples, length=length
         )
+        options |= {"alpha": args.alpha, "keep_worst": args.keep_worst}
     if args.skip is not None:
         options["skip"] = args.skip
     if args.override is not None:
         options["overrides"] = dict(args.override)
-    if args.alpha != 0.5:
-        options["alpha"] = args.alpha
     for name in ("percentile", "threshold"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
-    if args.keep_worst:
-        options["keep_worst"] = args.keep_worst
     return options
+
+
+def _meta_model(source: Path) -> Any:
+    """The float model's shapes, without its weights."""
+    import torch
+
+    from ..runtime import CausalLM, ModelConfig
+
+    with torch.device("meta"):
+        return CausalLM(ModelConfig.from_file(source / "config.json"))
+
+
+def _meta_numel(source: Path) -> int:
+    return sum(parameter.numel() for parameter in _meta_model(source).parameters())
+
+
+def _converter(
+    scheme: str, options: dict[str, Any], source: Path, report: Callable[[str, int, int], None]
+) -> tuple[Callable[[str, Any], Any], int]:
+    """Quantises each layer as soon as it is read: a model in 16 bits may be larger than the
+    device. Also the number of layers."""
+    from ..quantization import quantize_linear, uncalibrated_plans
+
+    plans = uncalibrated_plans(_meta_model(source), scheme, **options)
+    done = 0
+
+    def convert(name: str, linear: Any) -> Any:
+        nonlocal done
+        if name not in plans:
+            return linear
+        done += 1
+        report("quantising", done, len(plans))
+        return quantize_linear(linear, plans[name])
+
+    return convert, len(plans)
 
 
 def _count(model: Any) -> int:
