@@ -225,7 +225,7 @@ class TestLevels:
         expected = model(batches[0]).float()
         quantize(model, "smoothquant_o3", calibration=batches)
         assert model.model.layers[0].input_layernorm.weight.dtype == dtype
-        assert (model(batches[0]).float() - expected).norm() < 0.06 * expected.norm()
+        assert (model(batches[0]).float() - expected).norm() < 0.09 * expected.norm()
 
 
 class TestGroups:

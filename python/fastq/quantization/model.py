@@ -65,8 +65,8 @@ def quantize(
         tokenizer: see :func:`fastq.quantization.calibration_batches`, which makes batches of text
             with other sizes, too.
         overrides: other schemes for some layers, by patterns like those of `skip`; None leaves a
-            layer in float. The last pattern that matches a layer counts, and any counts more than
-            skip does.
+            layer in float. The last pattern that matches a layer or a module around it counts, and
+            any counts more than skip does.
         alpha: SmoothQuant's migration strength, from 0 (nothing moves into the weights) to 1, or
             "search": for each group the one of 0.1, 0.2, ..., 0.9 that brings the quantised
             outputs closest to the float ones on up to 512 rows of calibration data.

@@ -71,15 +71,17 @@ def select(
     for pattern, other in overrides.items():
         if other is not None:
             check_scheme("quantize", other, f"overrides[{pattern!r}]")
-    rules = {**dict.fromkeys(skip), **overrides}  # a pattern in both: the override counts
-    unmatched = set(rules) - (set(DEFAULT_SKIP) - set(overrides))
-    chosen = {"": scheme}  # of every module: its own rule's, or its parent's
+    rules = [*dict.fromkeys(skip, None).items(), *overrides.items()]
+    unmatched = {pattern for pattern, _ in rules} - (set(DEFAULT_SKIP) - set(overrides))
+    last = {"": -1}  # the last rule that matches a module or one that it is in
     targets: dict[nn.Module, Target] = {}
+    is_any_left_out = False
     for name, module in model.named_modules(remove_duplicate=False):
-        matching = [pattern for pattern in rules if name and _matches(name, pattern)]
-        unmatched -= set(matching)
-        own = rules[matching[-1]] if matching else chosen[name.rpartition(".")[0]]
-        chosen[name] = own
+        matching = [i for i, (pattern, _) in enumerate(rules) if name and _matches(name, pattern)]
+        unmatched -= {rules[i][0] for i in matching}
+        last[name] = max([last[name.rpartition(".")[0]], *matching])
+        own = scheme if last[name] < 0 else rules[last[name]][1]
+        is_any_left_out |= own is None
         if own is None:
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -101,7 +103,7 @@ def select(
     if not targets:
         raise ValueError(
             f"quantize: {type(model).__name__} has no torch.nn.Linear to quantise"
-            + (" outside of skip" if None in chosen.values() else "")
+            + (" outside of skip" if is_any_left_out else "")
         )
     return {target.name: target for target in targets.values()}
 

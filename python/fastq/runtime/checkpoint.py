@@ -2,25 +2,29 @@
 
 Every name and shape is checked against the config before any weight is read, so a foreign or
 damaged checkpoint gives one clear error and no half-loaded model. Files are memory-mapped and read
-tensor by tensor: beside the weights themselves, one tensor at a time is in memory.
+tensor by tensor: beside the weights themselves, one tensor at a time is in memory. What a
+checkpoint holds of quantised layers, `fastq.checkpoints` knows.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from .config import ModelConfig, read_json
 from .families import family_of
 from .layout import StoredTensor, stored_module, stored_tensors
 from .model import CausalLM
+
+if TYPE_CHECKING:
+    from ..checkpoints import Quantization, Stored, StoredLinear
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -50,7 +54,11 @@ def load_model(
     device: torch.device | str = "cpu",
     convert: Callable[[str, nn.Module], nn.Module] | None = None,
 ) -> CausalLM:
-    """Loads a decoder of any family in `families.py` for inference.
+    """Loads a decoder of any family in `families.py` for inference, float or quantised.
+
+    Linear layers that the checkpoint holds in INT8, as :func:`fastq.save_quantized` and
+    llm-compressor write it (compressed-tensors, W8A8) or bitsandbytes (LLM.int8()), become
+    :class:`fastq.nn.Int8Linear` and :class:`fastq.nn.OutlierLinear`.
 
     Args:
         folder: holds config.json and model.safetensors, or the shards that
@@ -58,10 +66,10 @@ def load_model(
         dtype: float32, float16 or bfloat16; None keeps the one that config.json names, else
             float32.
         device: where the weights go.
-        convert: called with the name of every linear layer and the layer, as soon as its weights
-            are on the device and before any later one's are; what it returns takes its place. So a
-            model may be quantised that is larger than the device. An output projection tied to the
-            embedding is passed last.
+        convert: called with the name of every float linear layer and the layer, as soon as its
+            weights are on the device and before any later one's are; what it returns takes its
+            place. So a model may be quantised that is larger than the device. An output projection
+            tied to the embedding is passed last.
 
     Returns:
         The model in eval mode, its parameters without gradients.
@@ -70,11 +78,12 @@ def load_model(
         FileNotFoundError: a file is absent.
         ValueError: a file is damaged, or its tensors are not those of the config; the message
             names the file, the tensor, what was expected and what came.
-        NotImplementedError: a model that the runtime does not compute.
+        NotImplementedError: a model or a quantisation that the runtime does not compute.
     """
     folder = Path(folder)
     config_file = find_config(folder)
-    config = ModelConfig.from_file(config_file)
+    raw = read_json(config_file)
+    config = ModelConfig.from_dict(raw, source=str(config_file))
     dtype = resolve_dtype(dtype, config.dtype, config_file)
     with torch.device("meta"):
         model = CausalLM(config)
@@ -88,15 +97,60 @@ def load_model(
     tensors = stored_tensors(family, config.head_dim, shapes)
     locations = locate_tensors(folder, tensors, family.prefix)
     tied_head = locations.pop(head, None) if config.tie_word_embeddings else None
-    check_tensors(folder, tensors, locations)
+    quantised = Quantised.take(tensors, raw, config_file, model, locations)
+    check_tensors(folder, tensors, locations, quantised.tensors)
     if tied_head is not None:
         _check_tied_head(tied_head, locations[embedding])
+    quantised.fill(model, locations, torch.device(device))
     fill_parameters(model, read_tensors(tensors, locations, dtype, torch.device(device)), convert)
     if config.tie_word_embeddings:
         model.tie_weights()
         if convert is not None:
             model.lm_head = convert("lm_head", model.lm_head)
     return model.eval().requires_grad_(False)
+
+
+class Quantised(NamedTuple):
+    """The quantised layers of a checkpoint, and the `tensors` that it holds of them."""
+
+    quantization: Quantization | None = None
+    linears: list[StoredLinear] = []
+    tensors: dict[str, Stored] = {}
+
+    @classmethod
+    def take(
+        cls,
+        tensors: dict[str, StoredTensor],
+        raw: dict[str, Any],
+        config_file: Path,
+        model: nn.Module,
+        locations: dict[str, Location],
+    ) -> Quantised:
+        """Takes the layers that config.json, which is `raw`, names out of the float `tensors`."""
+        if raw.get("quantization_config") is None:
+            return cls()
+        # Here: `runtime` may be imported by itself, to train a float model.
+        from ..checkpoints import expected_tensors, quantised_linears, quantization_of
+
+        quantization = quantization_of(raw, str(config_file))
+        linears = quantised_linears(quantization, model, lambda name: _dtype_of(locations, name))
+        expected = {}
+        for linear in linears:
+            expected |= expected_tensors(quantization, linear)
+            for leaf in ("weight", "bias"):
+                tensors.pop(f"{linear.name}.{leaf}", None)
+        return cls(quantization, linears, expected)
+
+    def fill(self, model: nn.Module, locations: dict[str, Location], device: torch.device) -> None:
+        """Puts the layers in their places, one after the other."""
+        from ..checkpoints import build_linears
+
+        def tensor(name: str) -> Tensor | None:
+            return _read(locations[name]) if name in self.tensors and name in locations else None
+
+        for linear in self.linears:
+            for path, module in build_linears(self.quantization, linear, tensor, device).items():
+                model.set_submodule(path, module)
 
 
 def find_config(folder: Path) -> Path:
@@ -128,11 +182,13 @@ def locate_tensors(
     leave out `prefix`. Old exports call a norm's weight gamma and its bias beta."""
     files = _locate_files(folder)
     bare = not any(name.startswith(prefix) for name in files)
+    modules = {name.rpartition(".")[0] for name in tensors}
     locations = {}
     for stored, path in files.items():
         name = stored.replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        name = prefix + name if bare and prefix + name in tensors else name
+        if bare and prefix + name.rpartition(".")[0] in modules:
+            name = prefix + name
         locations[name] = Location(path, stored)
     return locations
 
@@ -186,48 +242,69 @@ def _open(path: Path):
 
 
 def check_tensors(
-    folder: Path, tensors: dict[str, StoredTensor], locations: dict[str, Location]
+    folder: Path,
+    tensors: Mapping[str, StoredTensor],
+    locations: dict[str, Location],
+    quantised: Mapping[str, Stored] | None = None,
 ) -> None:
     """Raises ValueError unless the checkpoint holds these tensors, in their shapes, and no other.
     Reads the files' headers only."""
-    missing = sorted(tensors.keys() - locations.keys())
+    quantised = quantised or {}
+    required = [*tensors, *(name for name, stored in quantised.items() if stored.required)]
+    missing = sorted(set(required) - locations.keys())
     if missing:
         file = next(iter(locations.values()), Location(folder / SINGLE_FILE, "")).path
         raise ValueError(
             f"{file}: missing tensor {missing[0]}{_more(missing)}; config.json asks for "
-            f"{len(tensors)} tensors, got {len(locations)}"
+            f"{len(required)} tensors, got {len(locations)}"
         )
-    extra = sorted(n for n in locations.keys() - tensors.keys() if not _IGNORED.fullmatch(n))
+    known = tensors.keys() | quantised.keys()
+    extra = sorted(n for n in locations.keys() - known if not _IGNORED.fullmatch(n))
     if extra:
         raise ValueError(
             f"{locations[extra[0]].path}: unexpected tensor {extra[0]}{_more(extra)}; config.json "
             f"describes a model without it"
         )
     by_file: dict[Path, list[str]] = {}
-    for name in tensors:
-        by_file.setdefault(locations[name].path, []).append(name)
+    for name in (*tensors, *quantised):
+        if name in locations:
+            by_file.setdefault(locations[name].path, []).append(name)
     for path, names in by_file.items():
         with _open(path) as file:
             for name in names:
                 stored = file.get_slice(locations[name].name)
-                _check_tensor(path, name, stored, tensors[name].shape)
+                if name in quantised:
+                    expected = quantised[name]
+                    _check_tensor(path, name, stored, expected.shapes, expected.dtypes)
+                else:
+                    _check_tensor(path, name, stored, (tensors[name].shape,), _FLOATS)
 
 
 def _more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _check_tensor(path: Path, name: str, stored, shape: torch.Size) -> None:
-    if tuple(stored.get_shape()) != tuple(shape):
+def _check_tensor(
+    path: Path, name: str, stored, shapes: tuple[tuple[int, ...], ...], dtypes: Iterable[str]
+) -> None:
+    if tuple(stored.get_shape()) not in map(tuple, shapes):
         raise ValueError(
             f"{path}: tensor {name} has shape {tuple(stored.get_shape())}, expected "
-            f"{tuple(shape)} by config.json"
+            f"{' or '.join(str(tuple(shape)) for shape in shapes)} by config.json"
         )
-    if stored.get_dtype() not in _FLOATS:
+    if stored.get_dtype() not in dtypes:
         raise ValueError(
             f"{path}: tensor {name} has dtype {stored.get_dtype()}, expected one of "
-            f"{', '.join(sorted(_FLOATS))}"
+            f"{', '.join(sorted(dtypes))}"
         )
+
+
+def _dtype_of(locations: dict[str, Location], name: str) -> str | None:
+    """A stored tensor's dtype, in safetensors' names; None where there is none."""
+    if name not in locations:
+        return None
+    with _open(locations[name].path) as file:
+        return file.get_slice(locations[name].name).get_dtype()
 
 
 def read_tensors(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import (
+    Quantised,
     check_tensors,
     fill_parameters,
     find_config,
@@ -20,7 +21,7 @@ from .checkpoint import (
     read_tensors,
     resolve_dtype,
 )
-from .config import EncoderConfig
+from .config import EncoderConfig, read_json
 from .families import family_of
 from .layout import stored_tensors
 from .model import MLP, Attention, ForwardState, make_norm, make_packing
@@ -145,7 +146,8 @@ def load_encoder(
     """
     folder = Path(folder)
     config_file = find_config(folder)
-    config = EncoderConfig.from_file(config_file)
+    raw = read_json(config_file)
+    config = EncoderConfig.from_dict(raw, source=str(config_file))
     dtype = resolve_dtype(dtype, config.dtype, config_file)
     with torch.device("meta"):
         model = Encoder(config)
@@ -157,6 +159,8 @@ def load_encoder(
     if not any(name.startswith("bert.pooler.") for name in locations):
         model.pooler = None
         tensors = {n: t for n, t in tensors.items() if not n.startswith("bert.pooler.")}
-    check_tensors(folder, tensors, locations)
+    quantised = Quantised.take(tensors, raw, config_file, model, locations)
+    check_tensors(folder, tensors, locations, quantised.tensors)
+    quantised.fill(model, locations, torch.device(device))
     fill_parameters(model, read_tensors(tensors, locations, dtype, torch.device(device)), convert)
     return model.eval().requires_grad_(False)

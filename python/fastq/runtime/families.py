@@ -274,6 +274,9 @@ ENCODERS: dict[str, Family] = {
     ),
 }
 
+# Of checkpoints that are quantised; `fastq.checkpoints` reads them.
+READ_QUANTIZATIONS = ("compressed-tensors", "bitsandbytes")
+
 # config.json's names of an activation; the first of a kind is the one written.
 _ACTIVATION_NAMES = {
     "silu": "silu",
@@ -386,11 +389,14 @@ def _check_only(raw: dict[str, Any], only: dict[str, Any], source: str) -> None:
             raise NotImplementedError(
                 f"{source}: {name} {raw[name]!r} is not supported; expected {value!r}"
             )
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise NotImplementedError(
-            f"{source}: the checkpoint is already quantised ({method}); expected a float one"
-        )
+    quantization = raw.get("quantization_config")
+    if isinstance(quantization, dict) and "load_in_8bit" not in quantization:
+        method = quantization.get("quant_method", "unknown")
+        if method not in READ_QUANTIZATIONS:
+            raise NotImplementedError(
+                f"{source}: the checkpoint is already quantised ({method}); expected a float one, "
+                f"or one by {' or '.join(READ_QUANTIZATIONS)}"
+            )
 
 
 def _read_activation(name: str, entry: str, source: str) -> str:
