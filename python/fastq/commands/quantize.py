@@ -182,10 +182,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result, indent=2))
         return 0
+    before, after = (result[name] / 1e6 for name in ("weight_bytes_before", "weight_bytes"))
     print(
         f"{args.out}: {result['quantized_layers']} layers in INT8 ({args.scheme}), "
-        f"{result['weight_bytes_before'] / 1e6:,.1f} MB of weights became {result['weight_bytes'] / 1e6:,.1f} MB "
-        f"in {result['seconds']:.0f} s"
+        f"{before:,.1f} MB of weights became {after:,.1f} MB in {result['seconds']:.0f} s"
     )
     return 0
 
