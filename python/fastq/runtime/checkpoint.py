@@ -52,7 +52,9 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    scheme: str | None = None,
     convert: Callable[[str, nn.Module], nn.Module] | None = None,
+    **options: Any,
 ) -> CausalLM:
     """Loads a decoder of any family in `families.py` for inference, float or quantised.
 
@@ -66,10 +68,15 @@ def load_model(
         dtype: float32, float16 or bfloat16; None keeps the one that config.json names, else
             float32.
         device: where the weights go.
+        scheme: quantises every linear layer on the device as soon as it is there, as
+            :func:`fastq.quantize` would: at most the quantised weights and one more layer are in
+            memory. A scheme without calibration: "w8a8", "w8a8_tensor" or "llm_int8".
         convert: called with the name of every float linear layer and the layer, as soon as its
             weights are on the device and before any later one's are; what it returns takes its
             place. So a model may be quantised that is larger than the device. An output projection
             tied to the embedding is passed last.
+        options: of a scheme: `skip`, `overrides`, `rotation`, `threshold` and `per_tensor_weight`
+            of :func:`fastq.quantize`.
 
     Returns:
         The model in eval mode, its parameters without gradients.
@@ -77,7 +84,8 @@ def load_model(
     Raises:
         FileNotFoundError: a file is absent.
         ValueError: a file is damaged, or its tensors are not those of the config; the message
-            names the file, the tensor, what was expected and what came.
+            names the file, the tensor, what was expected and what came. A scheme that needs
+            calibration, or for a checkpoint that is quantised already.
         NotImplementedError: a model or a quantisation that the runtime does not compute.
     """
     folder = Path(folder)
@@ -87,6 +95,13 @@ def load_model(
     dtype = resolve_dtype(dtype, config.dtype, config_file)
     with torch.device("meta"):
         model = CausalLM(config)
+    if scheme is not None or options:
+        if raw.get("quantization_config") is not None:
+            raise ValueError(
+                f"load_model: scheme is {scheme!r}, expected None: {config_file} says that the "
+                "checkpoint is quantised already"
+            )
+        convert = _quantiser(model, scheme, options, convert)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     family = family_of(config)
     head, embedding = (
@@ -108,6 +123,23 @@ def load_model(
         if convert is not None:
             model.lm_head = convert("lm_head", model.lm_head)
     return model.eval().requires_grad_(False)
+
+
+def _quantiser(
+    model: CausalLM,
+    scheme: str | None,
+    options: dict[str, Any],
+    convert: Callable[[str, nn.Module], nn.Module] | None,
+) -> Callable[[str, nn.Module], nn.Module]:
+    """A `convert` of `load_model` that quantises by a scheme."""
+    if scheme is None:
+        raise TypeError(f"load_model: {next(iter(options))} is given, expected it with a scheme")
+    if convert is not None:
+        raise TypeError("load_model: scheme and convert are both given, expected one of them")
+    from ..quantization import quantize_linear, uncalibrated_plans
+
+    plans = uncalibrated_plans(model, scheme, **options)
+    return lambda name, linear: quantize_linear(linear, plans[name]) if name in plans else linear
 
 
 class Quantised(NamedTuple):
