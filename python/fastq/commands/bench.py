@@ -40,14 +40,11 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..evaluation.speed import measure_speed
-    from ..quantization import quantize
+    from ..quantization import progress_bar
     from .models import load
-    from .progress import progress_bar
 
     with progress_bar() as report:
-        model = load(args)
-        if args.scheme is not None:
-            quantize(model, args.scheme, on_progress=report)
+        model = load(args, scheme=args.scheme)
         done = 0
 
         def count(runs: int) -> None:
