@@ -136,7 +136,7 @@ def _config(model: nn.Module, source: str | Path | None, dtype: torch.dtype) -> 
         config = json.loads(file.read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
         if isinstance(own, ModelConfig):
-            found = ModelConfig.from_dict(config, source=str(file))
+            found = type(own).from_dict(config, source=str(file))
             if replace(found, dtype=own.dtype) != own:
                 raise ValueError(
                     f"save_quantized: {file} describes {found}, expected the model's {own}"

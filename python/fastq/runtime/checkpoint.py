@@ -38,7 +38,12 @@ class Location(NamedTuple):
 
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 # Old exports hold the rotary frequencies, which the config already fixes, and causal masks.
 _IGNORED = re.compile(
     r"(\S+\.)?(h|layers)\.\d+\.\w+\.(rotary_emb\.inv_freq|masked_bias)"
@@ -117,7 +122,8 @@ def load_model(
     if tied_head is not None:
         _check_tied_head(tied_head, locations[embedding])
     quantised.fill(model, locations, torch.device(device))
-    fill_parameters(model, read_tensors(tensors, locations, dtype, torch.device(device)), convert)
+    parameters = read_tensors(tensors, locations, dtype, device, lasting=convert is None)
+    fill_parameters(model, parameters, convert)
     if config.tie_word_embeddings:
         model.tie_weights()
         if convert is not None:
@@ -309,7 +315,7 @@ def check_tensors(
                     expected = quantised[name]
                     _check_tensor(path, name, stored, expected.shapes, expected.dtypes)
                 else:
-                    _check_tensor(path, name, stored, (tensors[name].shape,), _FLOATS)
+                    _check_tensor(path, name, stored, (tensors[name].shape,), _STORED_DTYPES)
 
 
 def _more(names: list[str]) -> str:
@@ -343,17 +349,30 @@ def read_tensors(
     tensors: dict[str, StoredTensor],
     locations: dict[str, Location],
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | str,
+    *,
+    lasting: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The canonical parameters, one after the other, contiguous."""
+    """The canonical parameters, one after the other, contiguous.
+
+    Those that stay as they are stored lie in the mapping of their file, whose pages come in as they
+    are used: they share one where they are `lasting`. For a copy, or a tensor soon let go, the file
+    is mapped anew, so that its pages go too.
+    """
+    device = torch.device(device)
+    shared = {}
     for name, stored in tensors.items():
-        tensor = _read(locations[name])
-        for part, piece in stored.split(tensor).items():
-            yield part, piece.to(device=device, dtype=dtype).contiguous()
+        path, stored_name = locations[name]
+        file = shared[path] if path in shared else shared.setdefault(path, _open(path))
+        stored_dtype = _STORED_DTYPES[file.get_slice(stored_name).get_dtype()]
+        if stored.is_plain and device.type == "cpu" and stored_dtype == dtype:
+            tensor = file.get_tensor(stored_name) if lasting else _read(locations[name])
+            yield next(iter(stored.parts)), tensor
+        else:
+            yield from stored.split(_read(locations[name]), dtype, device)
 
 
 def _read(location: Location) -> Tensor:
-    # A file opened anew: its mapped pages are let go with the tensor.
     with _open(location.path) as file:
         return file.get_tensor(location.name)
 
