@@ -13,7 +13,7 @@ from torch import nn
 
 from decoders import BLOCKS, linear_inputs, make_decoder, token_batches
 from fastq.demo import corpus, run
-from fastq.demo.perplexity import nats_per_token
+from fastq.evaluation import nats_per_token
 from fastq.quantization import calibration_batches, plant_outliers, quantize
 from fastq.runtime import CausalLM, Tokenizer, load_model
 

@@ -28,14 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if __package__:
+    from ..evaluation import nats_per_token, windows
     from ..runtime.config import ModelConfig
     from ..runtime.model import CausalLM
     from . import corpus
-    from .perplexity import nats_per_token, windows
 else:  # run as a file: fastq itself may not be built
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     import corpus
-    from perplexity import nats_per_token, windows
+    from evaluation import nats_per_token, windows
     from runtime.config import ModelConfig
     from runtime.model import CausalLM
 

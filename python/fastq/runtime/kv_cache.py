@@ -17,6 +17,10 @@ class KVCache:
     `keys` and `values` are (layers, batch, max_length, kv_heads, head_dim); the first `seqlens[b]`
     positions of sequence b hold data (int32 (batch,), on the device). `length` is the largest of
     them. A model calls `begin`, then `attend` in every layer, then `commit`.
+
+    With dtype torch.int8 they are quantised per token and head, and every query, a prompt's too,
+    attends to the quantised ones. `key_scales` and `value_scales` are float32 (layers, batch,
+    max_length, kv_heads) then, and None otherwise.
     """
 
     def __init__(
@@ -37,6 +41,12 @@ class KVCache:
         )
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.key_scales = self.value_scales = None
+        if dtype == torch.int8:
+            # A head's scales lie side by side, as flash_decode reads them fastest.
+            layers, _, _, kv_heads, _ = shape
+            scales = torch.ones(2, layers, batch_size, kv_heads, max_length, device=device)
+            self.key_scales, self.value_scales = scales.transpose(-1, -2)
         self.length = 0
         self.seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self._committed = self.seqlens.clone()
@@ -83,6 +93,11 @@ class KVCache:
         head_dim), or (1, total, ...) with a packing, not yet rotated; returns a tensor like query.
         """
         attend = self._by_kernels if has_kernel(query) else self._by_torch
+        if self.key_scales is not None and not has_kernel(query):
+            raise NotImplementedError(
+                f"KVCache: an int8 cache takes no {query.dtype} on {query.device.type}; expected "
+                "float16 or bfloat16, or float32 on a CPU"
+            )
         if packing is None:
             return attend(layer, query, key, value, rule, None)
         # The kernels leave out what stands before a sequence's first token.
@@ -102,8 +117,11 @@ class KVCache:
         from .. import flash_decode, kv_append
 
         keys, values = self.keys[layer], self.values[layer]
+        scales = {}
+        if self.key_scales is not None:
+            scales = {"k_scale": self.key_scales[layer], "v_scale": self.value_scales[layer]}
         if self._rotary is None:
-            kv_append(key, value, keys, values, self.seqlens)
+            kv_append(key, value, keys, values, self.seqlens, **scales)
         else:
             cos, sin = self._rotary
             query = kv_append(
@@ -116,9 +134,10 @@ class KVCache:
                 rotary_sin=sin,
                 rotary_interleaved=self._interleaved,
                 q=query,
+                **scales,
             )
-        if self.length > 0:
-            return flash_decode(query, keys, values, self.seqlens, **rule.options())
+        if self.length > 0 or scales:
+            return flash_decode(query, keys, values, self.seqlens, **scales, **rule.options())
         if packing is None:  # a prompt's kernel is faster there
             return self_attention(query, keys[:, : query.shape[1]], value, rule)
         query, value = packing.pack_aligned(query), packing.pack_aligned(value)

@@ -225,9 +225,13 @@ class CausalLM(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
 
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache in the model's dtype and on its device."""
-        return KVCache(self.config, batch_size, max_length, dtype=self.dtype, device=self.device)
+    def new_cache(
+        self, batch_size: int, max_length: int, *, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """An empty cache on the model's device, in its dtype or a given one: torch.int8 quantises
+        keys and values."""
+        dtype = self.dtype if dtype is None else dtype
+        return KVCache(self.config, batch_size, max_length, dtype=dtype, device=self.device)
 
     def forward(
         self,
