@@ -7,6 +7,7 @@ _distributions.warn_of_clash()
 from . import nn  # noqa: E402
 from ._core import version as _version  # noqa: E402
 from .attention import flash_attention  # noqa: E402
+from .checkpoints import save_quantized  # noqa: E402
 from .decode import flash_decode, kv_append  # noqa: E402
 from .llm_int8 import llm_int8_matmul  # noqa: E402
 from .ops import (  # noqa: E402
@@ -52,6 +53,7 @@ __all__ = [
     "quantize_per_token",
     "relu_quant",
     "rms_norm_quant",
+    "save_quantized",
     "set_num_threads",
     "silu_mul_quant",
 ]

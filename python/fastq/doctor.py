@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import __version__, distributions, ops
+from .llm_int8 import llm_int8_matmul
 from .quantize_ops import quantize_per_channel, quantize_per_token
 
 # In a checkout of fastq.
@@ -162,7 +163,8 @@ def _notes(library: dict[str, Any]) -> list[str]:
 
 
 def _kernels(device: str, library: dict[str, Any]) -> dict[str, str]:
-    """The kernel each op takes, after one run of each that is compared with exact arithmetic."""
+    """The kernel each op takes, after one run of each that is compared with exact arithmetic. An op
+    that has none on the device is left out."""
     torch.manual_seed(0)
     x = torch.randn(5, 33)
     weight = torch.randint(-127, 128, (17, 33), dtype=torch.int8)
@@ -177,6 +179,12 @@ def _kernels(device: str, library: dict[str, Any]) -> dict[str, str]:
     ).cpu()
     _expect("int8_gemm", sums, (q.long() @ weight.t().long()).to(torch.int32))
 
+    names = ["quantize_per_token", "quantize_per_channel", "dequantize", "llm_int8_matmul"]
+    try:
+        _check_llm_int8(device, weight)
+    except NotImplementedError:
+        names.remove("llm_int8_matmul")
+
     kernels = {}
     for M, N, K in _GEMM_SHAPES:
         a = torch.zeros(M, K, dtype=torch.int8, device=device)
@@ -185,9 +193,18 @@ def _kernels(device: str, library: dict[str, Any]) -> dict[str, str]:
         if device == "cpu":
             packed = ops.pack_weight(b)
             kernels[f"int8_gemm {M}x{N}x{K}, packed"] = ops.describe_int8_gemm(a, packed)
-    for name in ("quantize_per_token", "quantize_per_channel", "dequantize"):
+    for name in names:
         kernels[name] = f"cpu/{library['cpu']['isa']}" if device == "cpu" else "cuda"
     return kernels
+
+
+def _check_llm_int8(device: str, weight: torch.Tensor) -> None:
+    """Integers, one of them an outlier, and scales of 1: no rounding."""
+    x = torch.randint(-127, 128, (5, weight.shape[1])).float()
+    x[:, 0], x[2, 7] = 127.0, 512.0
+    scales = torch.ones(len(weight), device=device)
+    y = llm_int8_matmul(x.to(device), weight.to(device), scales, threshold=200.0)
+    _expect("llm_int8_matmul", y.cpu(), x @ weight.t().float())
 
 
 def _expect(op: str, actual: torch.Tensor, expected: torch.Tensor) -> None:

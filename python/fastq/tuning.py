@@ -293,6 +293,7 @@ def main(*, shapes: list[Shape], output: Path, device: str, as_json: bool) -> in
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
+        disable=not sys.stderr.isatty(),
     ) as progress:
         task = progress.add_task(str(shapes[0]), total=len(shapes))
         try:

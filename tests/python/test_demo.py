@@ -14,7 +14,7 @@ import torch
 
 import fastq.demo
 from fastq.demo import corpus, run, train
-from fastq.demo.perplexity import nats_per_token, windows
+from fastq.evaluation import nats_per_token, windows
 from fastq.nn import Int8Linear
 from fastq.runtime import Tokenizer, load_model
 
@@ -304,7 +304,7 @@ class TestRun:
         assert "fastq doctor" in note
 
     def test_no_bfloat16_on_the_cpu(self, tiny, stdlib, monkeypatch):
-        monkeypatch.setattr(run, "_computes_bfloat16", lambda device: False)
+        monkeypatch.setattr(run, "computes_bfloat16", lambda device: False)
         result = run.run_demo(device="cpu", max_tokens=2, folder=tiny, stdlib=stdlib)
         assert result["results"][0]["precision"] == "float32"
 

@@ -47,7 +47,9 @@ def test_every_op_has_a_kernel_on_every_device(found):
         backend = device.partition(":")[0]
         ops_named = {name.split()[0] for name in kernels}
         expected = {"int8_gemm", "quantize_per_token", "quantize_per_channel", "dequantize"}
-        assert ops_named == expected
+        optional = {"llm_int8_matmul"}  # where the device has it
+        assert ops_named | optional == expected | optional
+        assert device != "cpu" or optional <= ops_named
         assert all(kernel.partition("/")[0] == backend for kernel in kernels.values())
 
 

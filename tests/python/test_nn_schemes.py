@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -16,6 +17,8 @@ KINDS = {
     "static": {"scheme": "w8a8_static", "input_scale": 0.03},
     "smooth": {"smooth": SMOOTH},
     "static_smooth": {"scheme": "w8a8_static", "input_scale": 0.05, "smooth": SMOOTH},
+    "tensor": {"scheme": "w8a8_tensor"},
+    "tensor_smooth": {"scheme": "w8a8_tensor", "smooth": SMOOTH},
     "all": {"scheme": "w8a8_static", "input_scale": 0.1, "smooth": SMOOTH, "rotation": 4},
 }
 
@@ -36,6 +39,64 @@ def test_static_forward(device, dtype):
     bias = linear.bias.cpu().float()
     reference.assert_same(module(x), reference.int8_gemm(q, weight.t(), 0.03, scale, bias, dtype))
     assert torch.equal(module(x[0]), module(x)[0])
+
+
+@pytest.mark.parametrize("smooth", [None, SMOOTH], ids=["plain", "smooth"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dynamic_per_tensor_forward(device, dtype, smooth):
+    linear, x = make(device=device, dtype=dtype), (20 * X).to(device, dtype)
+    module = Int8Linear.from_float(linear, "w8a8_tensor", smooth=smooth)
+    values = reference.prepare(reference.to_numpy(x), smooth, 0)
+    scale = np.abs(values).max() / np.float32(127)
+    assert scale.dtype == np.float32
+    q, _, _ = reference.quantize_with(reference.to_numpy(x), smooth=smooth, scale=scale)
+    weight = linear.weight if smooth is None else linear.weight.float().cpu() * smooth
+    weight, w_scale = map(torch.from_numpy, reference.quantize(weight))
+    bias = linear.bias.cpu().float()
+    expected = reference.int8_gemm(
+        torch.from_numpy(q), weight.t(), float(scale), w_scale, bias, dtype
+    )
+    reference.assert_same(module(x), expected)
+    assert torch.equal(module(x.reshape(5, 1, 100)).flatten(0, 1), module(x))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["tensor", "tensor_smooth"])
+def test_dynamic_per_tensor_of_special_inputs(device, kind, bad):
+    linear = make(device=device)
+    module = Int8Linear.from_float(linear, **KINDS[kind])
+    zeros = module(torch.zeros(3, 100, device=device))
+    assert torch.equal(zeros, linear.bias.expand(3, -1))
+    assert module(torch.zeros(0, 100, device=device)).shape == (0, 37)
+    tiny = module(torch.full((1, 100), 1e-42, device=device))
+    assert torch.equal(tiny, linear.bias.expand(1, -1))
+    x = X.to(device).clone()
+    x[2, 3] = bad
+    assert not module(x).isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_per_tensor(device, kind, dtype):
+    if kind == "all":
+        pytest.skip("has a rotation")
+    linear = make(device=device, dtype=dtype)
+    module = Int8Linear.from_float(linear, **KINDS[kind], per_tensor_weight=True)
+    smooth = KINDS[kind].get("smooth")
+    weight = linear.weight.float().cpu() * (1 if smooth is None else smooth)
+    q, scale = reference.quantize(weight.reshape(1, -1))
+    assert torch.equal(module.weight.cpu().flatten(), torch.from_numpy(q).flatten())
+    assert module.weight_scale.tolist() == scale.tolist() * 37
+    other = empty_like(module, device)
+    other.load_state_dict(module.state_dict())
+    x = X.to(device)
+    assert torch.equal(other(x), module(x))
+
+
+@pytest.mark.parametrize("options", [{"scheme": "w8a8_tensor"}, {"per_tensor_weight": True}])
+def test_no_rotation_per_tensor(options):
+    with pytest.raises(NotImplementedError, match="rotation is 4, expected 0 with"):
+        Int8Linear.from_float(make(), rotation=4, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,7 +174,13 @@ def test_compile(device, kind):
 def modules(device: torch.device) -> list[torch.nn.Module]:
     linear = make(device=device)
     static = Int8Linear.from_float(linear, **KINDS["static"])
-    return [Int8Linear.from_float(linear), static, OutlierLinear.from_float(linear, threshold=2.0)]
+    tensor = Int8Linear.from_float(linear, **KINDS["tensor"])
+    return [
+        Int8Linear.from_float(linear),
+        static,
+        tensor,
+        OutlierLinear.from_float(linear, threshold=2.0),
+    ]
 
 
 @pytest.mark.parametrize("own", [torch.float16, torch.bfloat16, torch.float32], ids=str)

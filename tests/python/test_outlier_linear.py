@@ -219,7 +219,7 @@ class TestQuantize:
             ({"scheme": "llm_int8", "rotation": 8}, ValueError, "rotation is 8, expected 0 with"),
             ({"scheme": "llm_int8", "threshold": -1}, ValueError, "threshold is -1, expected 0"),
             ({"scheme": "llm_int8", "threshold": "6"}, TypeError, "threshold is a str, expected"),
-            ({"scheme": "int8"}, ValueError, "scheme is 'int8', expected 'w8a8' or 'llm_int8'"),
+            ({"scheme": "int8"}, ValueError, "scheme is 'int8', expected one of 'w8a8', 'w8a8_t"),
         ],
         ids=str,
     )

@@ -24,6 +24,7 @@ def main(*, device: str | None, max_tokens: int, as_json: bool) -> int:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
+        disable=not sys.stderr.isatty(),
     ) as progress:
         task = progress.add_task("loading", total=None)
         result = run_demo(

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, ops
+from ..evaluation import nats_per_token, windows
+from ..evaluation.speed import weight_bytes
 from ..nn import Int8Linear
 from ..quantization import quantize
-from ..runtime import LlamaForCausalLM, Tokenizer, generate_tokens, load_model
+from ..runtime import CausalLM, Tokenizer, generate_tokens, load_model
 from . import corpus
-from .perplexity import nats_per_token, windows
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 PROMPT = '''import os
@@ -82,9 +83,9 @@ def run_demo(
     threads = torch.get_num_threads()
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer(folder)
-    dtype = None if _computes_bfloat16(chosen) else torch.float32
+    dtype = None if computes_bfloat16(chosen) else torch.float32
     model = load_model(folder, device=chosen, dtype=dtype)
-    tokens = _held_out_tokens(tokenizer, model, stdlib)
+    tokens = held_out_tokens(tokenizer, model, stdlib)
     report = on_progress or (lambda label, count: None)
     if on_start is not None:
         on_start(2 * (len(tokens) - 1 + max_tokens))
@@ -120,7 +121,7 @@ def run_demo(
 
 
 @torch.no_grad()
-def _faster_thread_count(model: LlamaForCausalLM, tokens: Tensor) -> int:
+def _faster_thread_count(model: CausalLM, tokens: Tensor) -> int:
     """How many threads torch itself is fastest with: all of them, or one.
 
     OpenMP's threads spin while they wait for each other. Where another program has the cores, a
@@ -142,18 +143,19 @@ def _faster_thread_count(model: LlamaForCausalLM, tokens: Tensor) -> int:
     return min(seconds, key=seconds.__getitem__)
 
 
-def _held_out_tokens(tokenizer: Tokenizer, model: LlamaForCausalLM, stdlib: Path | None) -> Tensor:
-    start = model.config.bos_token_id
+def held_out_tokens(tokenizer: Tokenizer, model: CausalLM, stdlib: Path | None = None) -> Tensor:
+    """The held-out modules one after the other, each behind the token that begins a text."""
+    begin = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
     ids = []
-    for text_ids in tokenizer.encode_batch(list(corpus.held_out_texts(stdlib).values())):
-        ids.append(start)
-        ids.extend(text_ids)
+    texts = list(corpus.held_out_texts(stdlib).values())
+    for text_ids in tokenizer.encode_batch(texts, add_special_tokens=False):
+        ids += begin + text_ids
     return torch.tensor(ids, dtype=torch.int64, device=model.device)
 
 
 def _measure(
     precision: str,
-    model: LlamaForCausalLM,
+    model: CausalLM,
     tokenizer: Tokenizer,
     tokens: Tensor,
     max_tokens: int,
@@ -176,13 +178,13 @@ def _measure(
 
     begin = _synchronised_time(model.device)
     generated = []
-    for token in _generate(model, prompt, max_tokens):
-        generated.append(token)
+    for step in _generate(model, prompt, max_tokens):
+        generated.append(step.tokens[0])
         report(f"{precision}: generation", 1)
     generating = _synchronised_time(model.device) - begin
 
-    new = torch.cat(generated).tolist()
-    end = next((i for i, t in enumerate(new) if t in model.config.eos_token_ids), len(new))
+    ends = model.config.eos_token_ids
+    end = next((i for i, token in enumerate(generated) if token in ends), len(generated))
     linear = [m for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear))]
     linear = [m for m in linear if m is not model.lm_head]
     return Figures(
@@ -192,26 +194,14 @@ def _measure(
         linear_weight_bytes=sum(weight_bytes(m) for m in linear),
         scored_tokens_per_second=(len(tokens) - 1) / scoring,
         generated_tokens_per_second=max_tokens / generating,
-        sample=tokenizer.decode(new[:end]),
+        sample=tokenizer.decode(generated[:end]),
     )
 
 
-def _generate(model: LlamaForCausalLM, prompt: list[int], max_tokens: int):
-    generator = torch.Generator(device=model.device).manual_seed(SEED)
+def _generate(model: CausalLM, prompt: list[int], max_tokens: int):
     return generate_tokens(
-        model,
-        prompt,
-        max_new_tokens=max_tokens,
-        eos_token_ids=(),
-        generator=generator,
-        **SAMPLING,
+        model, prompt, max_new_tokens=max_tokens, stop_token_ids=(), seed=SEED, **SAMPLING
     )
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, a shared one counted once."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def _synchronised_time(device: torch.device) -> float:
@@ -220,7 +210,7 @@ def _synchronised_time(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _computes_bfloat16(device: torch.device) -> bool:
+def computes_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products are as fast as float32 ones; on an older CPU they crawl."""
     if device.type != "cpu":
         return True

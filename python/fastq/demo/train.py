@@ -28,25 +28,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if __package__:
-    from ..runtime.config import LlamaConfig
-    from ..runtime.model import LlamaForCausalLM
+    from ..evaluation import nats_per_token, windows
+    from ..runtime.config import ModelConfig
+    from ..runtime.model import CausalLM
     from . import corpus
-    from .perplexity import nats_per_token, windows
 else:  # run as a file: fastq itself may not be built
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     import corpus
-    from perplexity import nats_per_token, windows
-    from runtime.config import LlamaConfig
-    from runtime.model import LlamaForCausalLM
+    from evaluation import nats_per_token, windows
+    from runtime.config import ModelConfig
+    from runtime.model import CausalLM
 
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 512
 DEV_EVERY = 40  # every 40th training file chooses the checkpoint instead of training it
 
 
-def default_config(vocab_size: int) -> LlamaConfig:
+def default_config(vocab_size: int) -> ModelConfig:
     """About 6.9 million parameters: 14 MB in bfloat16."""
-    return LlamaConfig(
+    return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=256,
         intermediate_size=704,
@@ -55,7 +55,7 @@ def default_config(vocab_size: int) -> LlamaConfig:
         num_key_value_heads=4,
         head_dim=32,
         max_position_embeddings=CONTEXT,
-        rms_norm_eps=1e-5,
+        norm_eps=1e-5,
         rope_theta=10000.0,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -91,7 +91,7 @@ def encode(tokenizer, texts: list[str]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def initialise(model: LlamaForCausalLM, seed: int) -> None:
+def initialise(model: CausalLM, seed: int) -> None:
     """Normal(0, 0.02), the layers that write to the residual stream scaled by 1/sqrt(2 layers)."""
     generator = torch.Generator().manual_seed(seed)
     residual = 0.02 / math.sqrt(2 * model.config.num_hidden_layers)
@@ -102,7 +102,7 @@ def initialise(model: LlamaForCausalLM, seed: int) -> None:
                 parameter.normal_(0.0, std, generator=generator)
 
 
-def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
+def add_dropout(model: CausalLM, rate: float) -> None:
     """Dropout on what each block adds to the residual stream, while training only."""
 
     def drop(module: nn.Module, _: tuple, output: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def learning_rate(progress: float, step: int, args: argparse.Namespace) -> float
 
 
 def train(
-    model: LlamaForCausalLM, tokens: Tensor, dev: Tensor, args: argparse.Namespace
+    model: CausalLM, tokens: Tensor, dev: Tensor, args: argparse.Namespace
 ) -> dict[str, float]:
     """Trains in place, leaves the weights that were best on `dev`, returns the card's figures."""
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
@@ -195,7 +195,7 @@ def unigram_nats_per_token(train_tokens: Tensor, tokens: Tensor, vocab_size: int
     return -log_probability[targets[targets >= 0].cpu()].mean().item()
 
 
-def save(model: LlamaForCausalLM, tokenizer, card: dict, out: Path) -> None:
+def save(model: CausalLM, tokenizer, card: dict, out: Path) -> None:
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,7 @@ def save(model: LlamaForCausalLM, tokenizer, card: dict, out: Path) -> None:
 
 
 def held_out_figures(
-    model: LlamaForCausalLM, tokenizer, train_tokens: Tensor, stdlib: Path
+    model: CausalLM, tokenizer, train_tokens: Tensor, stdlib: Path
 ) -> dict[str, float | int]:
     """Perplexities on the held-out modules, with the weights rounded to bfloat16."""
     texts = list(corpus.held_out_texts(stdlib).values())
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     dev = encode(tokenizer, dev_texts).to(args.device)
     config = default_config(tokenizer.get_vocab_size())
     config = replace(config, num_hidden_layers=args.layers)
-    model = LlamaForCausalLM(config)
+    model = CausalLM(config)
     initialise(model, args.seed)
     add_dropout(model, args.dropout)
     model.to(args.device)

@@ -12,7 +12,32 @@ from ..quantize_ops import check_rotation, quantize_per_channel, quantize_per_to
 from .frozen_linear import FrozenLinear, autocast, check_linear, needs_gradient
 from .input_gradient import with_input_gradient
 
-_SCHEMES = ("w8a8", "w8a8_static")
+_SCHEMES = ("w8a8", "w8a8_tensor", "w8a8_static")
+_LEAST_SCALE = torch.finfo(torch.float32).tiny  # what a scale never falls below
+
+
+def _tensor_scale(x: Tensor, smooth: Tensor | None) -> Tensor:
+    """absmax(x / smooth) / 127 as a float32 scalar on x's device: 1 where all is 0, and NaN or Inf
+    where x holds one, so that all that is quantised by it becomes NaN or Inf."""
+    if x.numel() == 0:
+        return torch.ones((), dtype=torch.float32, device=x.device)
+    if smooth is None:
+        absmax = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
+    else:  # rounding is monotonic: the largest of a column stays the largest when divided
+        rows = x.reshape(-1, x.shape[-1])
+        columns = torch.linalg.vector_norm(rows, float("inf"), dim=0, dtype=torch.float32)
+        absmax = (columns * (1 / smooth)).amax()
+    return torch.where(absmax == 0, 1.0, (absmax / 127).clamp(min=_LEAST_SCALE))
+
+
+def _quantize_per_tensor(weight: Tensor, rotation: int) -> tuple[Tensor, Tensor]:
+    """int8 (N, K) and float32 (N,), one number."""
+    if rotation != 0:
+        raise NotImplementedError(
+            f"Int8Linear: rotation is {rotation}, expected 0 with per_tensor_weight=True"
+        )
+    q, scale = quantize_per_channel(weight.reshape(1, -1))
+    return q.view_as(weight), scale.expand(weight.shape[0]).clone()
 
 
 class Int8Linear(FrozenLinear):
@@ -21,7 +46,10 @@ class Int8Linear(FrozenLinear):
     ``y = int8_gemm(q, weight.t(), s, weight_scale, bias)``, in x's dtype or autocast's, with
     ``q, s = quantize_per_token(x, ...)``; the scheme says how:
 
-    - ``"w8a8"``: one dynamic scale a token;
+    - ``"w8a8"``: one dynamic scale a token (ZeroQuant, SmoothQuant O1);
+    - ``"w8a8_tensor"``: one dynamic scale for all of x, the largest magnitude in it over 127
+      (SmoothQuant O2). It costs a pass over x of its own, and makes a row's result depend on the
+      others: a NaN or an Inf anywhere in x reaches every row;
     - ``"w8a8_static"``: ``input_scale`` for all of them, found beforehand: the largest magnitude of
       the layer's input (smoothed and rotated, if it is) over 127 (SmoothQuant O3).
 
@@ -48,12 +76,17 @@ class Int8Linear(FrozenLinear):
         bias: whether there is one.
         device: where the buffers go.
         rotation: 0 (none), 2, 4, 8, 16 or 32; a divisor of in_features.
-        scheme: "w8a8" or "w8a8_static".
+        scheme: "w8a8", "w8a8_tensor" or "w8a8_static".
         smooth: whether x is smoothed.
+
+    Raises:
+        ValueError: a scheme or a rotation that is not among the above.
+        NotImplementedError: "w8a8_tensor" with a rotation.
 
     Attributes:
         weight: int8 ``(out_features, in_features)``, smoothed and rotated; a copy while packed.
-        weight_scale: float32 ``(out_features,)``, that of the rotated weight divided by rotation.
+        weight_scale: float32 ``(out_features,)``, that of the rotated weight divided by rotation;
+            one number throughout where the weight was quantised per tensor.
         bias: float32 ``(out_features,)`` or None. ``.half()`` and ``.to(dtype)`` leave scales,
             smooth and bias in float32.
         rotation: int32 scalar, or None without a rotation.
@@ -89,8 +122,12 @@ class Int8Linear(FrozenLinear):
                 f"{rotation}"
             )
         if scheme not in _SCHEMES:
-            names = " or ".join(map(repr, _SCHEMES))
-            raise ValueError(f"Int8Linear: scheme is {scheme!r}, expected {names}")
+            names = ", ".join(map(repr, _SCHEMES))
+            raise ValueError(f"Int8Linear: scheme is {scheme!r}, expected one of {names}")
+        if scheme == "w8a8_tensor" and rotation != 0:
+            raise NotImplementedError(
+                f"Int8Linear: rotation is {rotation}, expected 0 with scheme='w8a8_tensor'"
+            )
         super().__init__(in_features, out_features, bias, device)
         self.scheme = scheme
         self._rotation = int(rotation)
@@ -112,19 +149,23 @@ class Int8Linear(FrozenLinear):
         rotation: int = 0,
         input_scale: Tensor | float | None = None,
         smooth: Tensor | None = None,
+        per_tensor_weight: bool = False,
     ) -> Int8Linear:
-        """Quantises a linear layer's weight per channel, on the device where it lies.
+        """Quantises a linear layer's weight, on the device where it lies.
 
         Args:
             linear: of float32, float16 or bfloat16.
-            scheme: "w8a8" or "w8a8_static".
+            scheme: "w8a8", "w8a8_tensor" or "w8a8_static".
             rotation: see the class.
-            input_scale: positive, one element: what "w8a8_static" needs, and "w8a8" does not take.
+            input_scale: positive, one element: what "w8a8_static" needs, and no other takes.
             smooth: positive ``(in_features,)``; x is divided by it.
+            per_tensor_weight: one scale for the whole weight instead of one a channel, as the
+                baseline of the papers has it; less exact, and no faster.
 
         Raises:
             TypeError: not an ``nn.Linear``, or of another dtype.
             ValueError: a scheme, a rotation, a scale or a shape that is not among the above.
+            NotImplementedError: "w8a8_tensor" or a weight per tensor with a rotation.
         """
         check_linear("Int8Linear", linear)
         sizes = (linear.in_features, linear.out_features)
@@ -135,7 +176,10 @@ class Int8Linear(FrozenLinear):
         if smooth is not None:
             module.smooth = module._checked_smooth(smooth, weight.device)
             weight = weight.float() * module.smooth
-        module.weight, module.weight_scale = quantize_per_channel(weight, rotation=rotation)
+        if per_tensor_weight:
+            module.weight, module.weight_scale = _quantize_per_tensor(weight, rotation)
+        else:
+            module.weight, module.weight_scale = quantize_per_channel(weight, rotation=rotation)
         if rotation != 0:
             module.weight_scale /= rotation  # a power of two: exact
             module.rotation = torch.tensor(rotation, dtype=torch.int32, device=weight.device)
@@ -169,11 +213,14 @@ class Int8Linear(FrozenLinear):
             weight = PackedWeight(self._packed, self.in_features, self.out_features)
         else:
             weight = plain.t()
+        scale = self.input_scale
+        if self.scheme == "w8a8_tensor":
+            scale = _tensor_scale(x.detach(), self.smooth)
         q, s = quantize_per_token(
             x if x.dim() > 1 else x[None],
             rotation=self._rotation,
             smooth=self.smooth,
-            scale=self.input_scale,
+            scale=scale,
         )
         # Constant for the product: between it and whatever wrote the weight, x was quantised.
         y = int8_gemm(

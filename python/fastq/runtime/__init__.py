@@ -1,26 +1,40 @@
-"""A minimal runtime for LLaMA-style checkpoints in Hugging Face form.
+"""A minimal runtime for decoders in Hugging Face form: LLaMA, Mistral, Qwen2, Qwen3, OPT, GPT-2,
+GPT-J, GPT-NeoX and BLOOM; and for BERT encoders.
 
 from fastq import runtime
 model = runtime.load_model(folder)
 tokenizer = runtime.Tokenizer(folder)
-ids = runtime.generate(model, tokenizer.encode("def "), max_new_tokens=64)
-print(tokenizer.decode(ids[0].tolist()))
+for piece in runtime.stream_text(model, tokenizer, "def ", max_new_tokens=64):
+    print(piece, end="", flush=True)
 """
 
 from .checkpoint import load_model
-from .config import LlamaConfig
-from .generation import generate, generate_tokens, sample
+from .config import EncoderConfig, ModelConfig
+from .encoder import Encoder, EncoderOutput, load_encoder
+from .generation import Generation, generate, generate_tokens, stream_text
 from .kv_cache import KVCache
-from .model import LlamaForCausalLM
+from .memory import cache_bytes
+from .model import CausalLM
+from .sampling import SamplingParameters, sample
+from .text_stream import TextStream
 from .tokenizer import Tokenizer
 
 __all__ = [
+    "CausalLM",
+    "Encoder",
+    "EncoderConfig",
+    "EncoderOutput",
+    "Generation",
     "KVCache",
-    "LlamaConfig",
-    "LlamaForCausalLM",
+    "ModelConfig",
+    "SamplingParameters",
+    "TextStream",
     "Tokenizer",
+    "cache_bytes",
     "generate",
     "generate_tokens",
+    "load_encoder",
     "load_model",
     "sample",
+    "stream_text",
 ]

@@ -5,21 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import has_kernel, torch_attention
-from .config import LlamaConfig
-from .rotary import apply_rotary, rotary_table
+from .attention import AttentionRule, has_kernel, scores_mask, self_attention, torch_attention
+from .config import ModelConfig
+from .packing import Packing
+from .rotary import alibi_slopes, apply_rotary, rotary_table
 
 
 class KVCache:
-    """A cache, preallocated for `max_length` positions.
+    """A cache, preallocated for `max_length` positions of each sequence.
 
-    `keys` and `values` are (layers, batch, max_length, kv_heads, head_dim); the first `length`
-    positions hold data. A model calls `begin`, then `attend` in every layer, then `commit`.
+    `keys` and `values` are (layers, batch, max_length, kv_heads, head_dim); the first `seqlens[b]`
+    positions of sequence b hold data (int32 (batch,), on the device). `length` is the largest of
+    them. A model calls `begin`, then `attend` in every layer, then `commit`.
+
+    With dtype torch.int8 they are quantised per token and head, and every query, a prompt's too,
+    attends to the quantised ones. `key_scales` and `value_scales` are float32 (layers, batch,
+    max_length, kv_heads) then, and None otherwise.
     """
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: ModelConfig,
         batch_size: int,
         max_length: int,
         *,
@@ -35,9 +41,18 @@ class KVCache:
         )
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.key_scales = self.value_scales = None
+        if dtype == torch.int8:
+            # A head's scales lie side by side, as flash_decode reads them fastest.
+            layers, _, _, kv_heads, _ = shape
+            scales = torch.ones(2, layers, batch_size, kv_heads, max_length, device=device)
+            self.key_scales, self.value_scales = scales.transpose(-1, -2)
         self.length = 0
-        self._seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self._committed = self.seqlens.clone()
+        self.alibi_slopes = alibi_slopes(config, device)
         self._rotary = rotary_table(config, max_length, device)
+        self._interleaved = config.rotary_interleaved
 
     @property
     def batch_size(self) -> int:
@@ -47,45 +62,111 @@ class KVCache:
     def max_length(self) -> int:
         return self.keys.shape[2]
 
-    def begin(self, seqlen: int) -> None:
-        """So many new tokens come next."""
-        self._seqlens.fill_(self.length + seqlen)
+    def begin(self, seqlen: int, packing: Packing | None = None) -> Tensor:
+        """So many new tokens come next, or those of a packing, into an empty cache.
+
+        Returns their positions, int64 (batch, seqlen), or (1, total) with a packing.
+        """
+        if packing is not None:
+            self.seqlens.copy_(packing.lengths)
+            return packing.positions[None]
+        torch.add(self._committed, seqlen, out=self.seqlens)
+        return self._committed[:, None] + torch.arange(seqlen, device=self.seqlens.device)
 
     def commit(self, seqlen: int) -> None:
-        """They are in every layer's part."""
+        """They are in every layer's part; seqlen is that of the longest sequence."""
+        self._committed.copy_(self.seqlens)
         self.length += seqlen
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rule: AttentionRule,
+        packing: Packing | None = None,
+    ) -> Tensor:
         """Writes new keys and values and attends to all so far, causally.
 
         query is (batch, seqlen, heads, head_dim), key and value (batch, seqlen, kv_heads,
-        head_dim), not yet rotated; returns (batch, seqlen, heads, head_dim).
+        head_dim), or (1, total, ...) with a packing, not yet rotated; returns a tensor like query.
         """
+        attend = self._by_kernels if has_kernel(query) else self._by_torch
+        if self.key_scales is not None and not has_kernel(query):
+            raise NotImplementedError(
+                f"KVCache: an int8 cache takes no {query.dtype} on {query.device.type}; expected "
+                "float16 or bfloat16, or float32 on a CPU"
+            )
+        if packing is None:
+            return attend(layer, query, key, value, rule, None)
+        # The kernels leave out what stands before a sequence's first token.
+        aligned = (packing.align_right(x) for x in (query, key, value))
+        return packing.pack_aligned(attend(layer, *aligned, rule, packing))
+
+    def _by_kernels(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rule: AttentionRule,
+        packing: Packing | None,
+    ) -> Tensor:
         # Here, as in attention.py: `runtime` may be imported by itself.
-        from .. import flash_attention, flash_decode, kv_append
+        from .. import flash_decode, kv_append
 
         keys, values = self.keys[layer], self.values[layer]
-        cos, sin = self._rotary
-        if not has_kernel(query):
-            return self._attend_by_torch(keys, values, query, key, value)
-        query = kv_append(
-            key, value, keys, values, self._seqlens, rotary_cos=cos, rotary_sin=sin, q=query
-        )
-        if self.length == 0:  # nothing but the new: a prompt's kernel is faster there
-            seqlen = query.shape[1]
-            return flash_attention(query, keys[:, :seqlen], value, causal=True)
-        return flash_decode(query, keys, values, self._seqlens)
+        scales = {}
+        if self.key_scales is not None:
+            scales = {"k_scale": self.key_scales[layer], "v_scale": self.value_scales[layer]}
+        if self._rotary is None:
+            kv_append(key, value, keys, values, self.seqlens, **scales)
+        else:
+            cos, sin = self._rotary
+            query = kv_append(
+                key,
+                value,
+                keys,
+                values,
+                self.seqlens,
+                rotary_cos=cos,
+                rotary_sin=sin,
+                rotary_interleaved=self._interleaved,
+                q=query,
+                **scales,
+            )
+        if self.length > 0 or scales:
+            return flash_decode(query, keys, values, self.seqlens, **scales, **rule.options())
+        if packing is None:  # a prompt's kernel is faster there
+            return self_attention(query, keys[:, : query.shape[1]], value, rule)
+        query, value = packing.pack_aligned(query), packing.pack_aligned(value)
+        key = keys[packing.rows, packing.positions][None]
+        return packing.align_right(self_attention(query, key, value, rule, packing))
 
-    def _attend_by_torch(
-        self, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor
+    def _by_torch(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rule: AttentionRule,
+        packing: Packing | None,
     ) -> Tensor:
         """Where fastq has no kernel."""
+        keys, values = self.keys[layer], self.values[layer]
         seqlen = query.shape[1]
         end = self.length + seqlen
-        table = [part[self.length : end] for part in self._rotary]
-        keys[:, self.length : end] = apply_rotary(key, *table)
-        values[:, self.length : end] = value
-        rows = torch.arange(self.length, end, device=query.device)
-        mask = torch.arange(end, device=query.device) <= rows[:, None]
-        query = apply_rotary(query, *table)
-        return torch_attention(query, keys[:, :end], values[:, :end], attn_mask=mask)
+        steps = torch.arange(seqlen - 1, -1, -1, device=query.device)
+        positions = self.seqlens[:, None] - 1 - steps  # (batch, seqlen), negative at padding
+        if self._rotary is not None:
+            table = [part[positions.clamp(min=0)] for part in self._rotary]
+            query = apply_rotary(query, *table, interleaved=self._interleaved)
+            key = apply_rotary(key, *table, interleaved=self._interleaved)
+        rows, columns = (positions >= 0).nonzero(as_tuple=True)
+        keys[rows, positions[rows, columns]] = key[rows, columns]
+        values[rows, positions[rows, columns]] = value[rows, columns]
+        mask = scores_mask(positions, torch.arange(end, device=query.device), rule)
+        return torch_attention(
+            query, keys[:, :end], values[:, :end], rule, attn_mask=mask.to(query.dtype)
+        )

@@ -1,23 +1,47 @@
-"""A LLaMA-style decoder in plain torch, but for its attention (attention.py, kv_cache.py).
+"""One decoder for every family, in plain torch but for its attention (attention.py, kv_cache.py).
 
-Modules and parameters carry the names of Hugging Face checkpoints, so that a state dict loads as
-it is, and every linear layer is an `nn.Linear`, so that `fastq.quantize` can replace it. The
-arithmetic follows transformers' `LlamaForCausalLM`: the norm in float32, rotary on halves of the
-head, SwiGLU. The model trains as well as it infers.
+`ModelConfig` says what each part is. Modules carry the names of a Hugging Face LLaMA, whatever the
+family, and every linear layer is an `nn.Linear`, so that `fastq.quantize` can replace it. The
+arithmetic follows transformers': norms in float32, then rounded. The model trains as well as it
+infers.
 
-Source: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023.
+Sources: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023; Black et al.,
+"GPT-NeoX-20B", 2022 (parallel residual); BigScience, "BLOOM", 2022 (ALiBi).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import causal_attention
-from .config import LlamaConfig
+from .attention import AttentionRule, self_attention
+from .config import ModelConfig
 from .kv_cache import KVCache
-from .rotary import apply_rotary, rotary_table
+from .packing import Packing
+from .rotary import alibi_slopes, apply_rotary, rotary_table
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@dataclass(frozen=True)
+class ForwardState:
+    """What the layers share in one forward pass: `rotary` is cos and sin of every token's position,
+    None with a cache, which rotates."""
+
+    cache: KVCache | None = None
+    packing: Packing | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    alibi_slopes: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -37,102 +61,155 @@ class RMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
-class Attention(nn.Module):
-    """Causal self-attention with grouped key and value heads."""
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The norm of a hidden state."""
+    if config.norm == "rms":
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, config.norm_eps, bias=config.norm_bias)
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+
+class Attention(nn.Module):
+    """Self-attention with grouped key and value heads."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, causal: bool = True) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
+        self.interleaved = config.rotary_interleaved
+        self.rule = AttentionRule(causal, config.softmax_scale, config.window(layer))
         heads = config.num_attention_heads * config.head_dim
         kv_heads = config.num_key_value_heads * config.head_dim
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, heads, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
-        self.o_proj = nn.Linear(heads, config.hidden_size, bias=bias)
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, state: ForwardState) -> Tensor:
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim))  # (batch, seqlen, heads, head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if cache is not None:
-            return self.o_proj(cache.attend(self.layer, query, key, value).flatten(2))
-        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
-        return self.o_proj(causal_attention(query, key, value).flatten(2))
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        rule = replace(self.rule, alibi_slopes=state.alibi_slopes)
+        if state.cache is not None:
+            out = state.cache.attend(self.layer, query, key, value, rule, state.packing)
+            return self.o_proj(out.flatten(2))
+        if state.rotary is not None:
+            query = apply_rotary(query, *state.rotary, interleaved=self.interleaved)
+            key = apply_rotary(key, *state.rotary, interleaved=self.interleaved)
+        return self.o_proj(self_attention(query, key, value, rule, state.packing).flatten(2))
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(size, inner, bias=bias)
+        self.gate_proj = nn.Linear(size, inner, bias=bias) if config.mlp_gated else None
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.activation = ACTIVATION_FUNCTIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    """Attention and MLP, each behind a norm, one after the other or side by side."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.parallel = config.parallel_residual
+        self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = None if config.shared_norm else make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, state: ForwardState) -> Tensor:
+        normed = self.input_layernorm(x)
+        attention = self.self_attn(normed, state)
+        if not self.parallel:
+            x = x + attention
+            return x + self.mlp(self.post_attention_layernorm(x))
+        if self.post_attention_layernorm is not None:
+            normed = self.post_attention_layernorm(x)
+        return x + attention + self.mlp(normed)
 
 
 class Decoder(nn.Module):
     """Token ids to normalised hidden states: everything but the output projection."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        size = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.embed_positions = None
+        if config.position == "learned":
+            rows = config.max_position_embeddings + config.position_offset
+            self.embed_positions = nn.Embedding(rows, size)
+        self.embed_norm = make_norm(config) if config.embed_norm else None
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = make_norm(config)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        length = input_ids.shape[1]
-        x = self.embed_tokens(input_ids)
-        rotary = None
-        if cache is None:
-            rotary = rotary_table(self.config, length, x.device)
-        else:
-            cache.begin(length)
-        for layer in self.layers:
-            x = layer(x, rotary, cache)
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        """Hidden states (batch, seqlen, hidden_size) of ids (batch, seqlen), or of a packing's
+        (1, total)."""
+        seqlen = input_ids.shape[1] if packing is None else packing.max_length
         if cache is not None:
-            cache.commit(length)
+            positions = cache.begin(seqlen, packing)
+        elif packing is not None:
+            positions = packing.positions[None]
+        else:
+            positions = torch.arange(seqlen, device=input_ids.device)[None]
+        x = self.embed(input_ids, positions)
+        state = self._forward_state(seqlen, x.device, cache, packing)
+        for layer in self.layers:
+            x = layer(x, state)
+        if cache is not None:
+            cache.commit(seqlen)
         return self.norm(x)
 
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """What the first layer takes, of ids and positions (batch, seqlen)."""
+        x = self.embed_tokens(input_ids)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions + self.config.position_offset)
+        return x if self.embed_norm is None else self.embed_norm(x)
 
-class LlamaForCausalLM(nn.Module):
-    """A LLaMA-style language model.
+    def _forward_state(
+        self, seqlen: int, device: torch.device, cache: KVCache | None, packing: Packing | None
+    ) -> ForwardState:
+        if cache is not None:
+            return ForwardState(cache, packing, None, cache.alibi_slopes)
+        rotary = rotary_table(self.config, seqlen, device)
+        if rotary is not None and packing is not None:
+            rotary = tuple(part[packing.positions] for part in rotary)
+        return ForwardState(None, packing, rotary, alibi_slopes(self.config, device))
+
+
+class CausalLM(nn.Module):
+    """A language model of any family that `ModelConfig` describes.
 
     `model(input_ids, cache)` takes (batch, seqlen) int64 token ids and returns logits
     (batch, seqlen, vocab_size). With a cache, the ids continue what the cache holds.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -148,20 +225,44 @@ class LlamaForCausalLM(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
 
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache in the model's dtype and on its device."""
-        return KVCache(self.config, batch_size, max_length, dtype=self.dtype, device=self.device)
+    def new_cache(
+        self, batch_size: int, max_length: int, *, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """An empty cache on the model's device, in its dtype or a given one: torch.int8 quantises
+        keys and values."""
+        dtype = self.dtype if dtype is None else dtype
+        return KVCache(self.config, batch_size, max_length, dtype=dtype, device=self.device)
 
     def forward(
-        self, input_ids: Tensor, cache: KVCache | None = None, *, last_only: bool = False
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        """Logits (batch, seqlen, vocab_size), or (batch, 1, vocab_size) with `last_only`.
+        """Logits (batch, seqlen, vocab_size), or with `last_only` (batch, 1, vocab_size), those of
+        every sequence's last token.
 
-        Raises ValueError for ids that are not (batch, seqlen >= 1) int64 or do not fit the cache.
+        `attention_mask` (batch, seqlen), bool or integer, is 1 at tokens and 0 at padding, on
+        either side: every sequence's logits are those it has alone, positions count its tokens, and
+        those of padding are arbitrary. With a cache, a mask with padding comes first; what follows
+        continues every sequence where its own tokens end.
+
+        Raises ValueError for ids that are not (batch, seqlen >= 1) int64 or do not fit the cache or
+        a learned position table, and for a mask of another shape, of a sequence without tokens, or
+        with padding where the cache is not empty.
         """
         _check_input(input_ids, cache)
-        hidden = self.model(input_ids, cache)
-        return self.lm_head(hidden[:, -1:] if last_only else hidden)
+        packing = make_packing(input_ids, cache, attention_mask)
+        _check_room(input_ids.shape[1] if packing is None else packing.max_length, cache, self)
+        if packing is None:
+            hidden = self.model(input_ids, cache)
+            return self.lm_head(hidden[:, -1:] if last_only else hidden)
+        hidden = self.model(packing.pack(input_ids), cache, packing)
+        return self.lm_head(
+            hidden[0, packing.last][:, None] if last_only else packing.unpack(hidden)
+        )
 
 
 def _check_input(input_ids: Tensor, cache: KVCache | None) -> None:
@@ -170,14 +271,43 @@ def _check_input(input_ids: Tensor, cache: KVCache | None) -> None:
             "model: input_ids must be (batch, seqlen >= 1) int64, got "
             f"{tuple(input_ids.shape)} {input_ids.dtype}"
         )
-    if cache is None:
-        return
-    if cache.batch_size != input_ids.shape[0]:
+    if cache is not None and cache.batch_size != input_ids.shape[0]:
         raise ValueError(
             f"model: the cache holds {cache.batch_size} sequences, input_ids {input_ids.shape[0]}"
         )
-    if cache.length + input_ids.shape[1] > cache.max_length:
+
+
+def make_packing(
+    input_ids: Tensor, cache: KVCache | None, attention_mask: Tensor | None
+) -> Packing | None:
+    """None where there is no padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != input_ids.shape or attention_mask.is_floating_point():
         raise ValueError(
-            f"model: the cache has room for {cache.max_length} positions; {cache.length} are "
-            f"taken and {input_ids.shape[1]} more were given"
+            f"model: attention_mask must be {tuple(input_ids.shape)} as input_ids, bool or integer,"
+            f" got {tuple(attention_mask.shape)} {attention_mask.dtype}"
+        )
+    mask = attention_mask.to(input_ids.device)
+    if bool(mask.all()):
+        return None
+    if cache is not None and cache.length > 0:
+        raise ValueError(
+            f"model: attention_mask has padding, but the cache already holds {cache.length} "
+            "positions; expected padding in the first call only"
+        )
+    return Packing(mask)
+
+
+def _check_room(seqlen: int, cache: KVCache | None, model: CausalLM) -> None:
+    taken = 0 if cache is None else cache.length
+    if cache is not None and taken + seqlen > cache.max_length:
+        raise ValueError(
+            f"model: the cache has room for {cache.max_length} positions; {taken} are "
+            f"taken and {seqlen} more were given"
+        )
+    limit = model.config.max_position_embeddings
+    if model.config.position == "learned" and taken + seqlen > limit:
+        raise ValueError(
+            f"model: input_ids reach position {taken + seqlen}, but the model has learned {limit}"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -35,6 +35,14 @@ class Tokenizer:
         """Token ids of each text; texts are tokenised in parallel."""
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def decode_stream(self, *, skip_special_tokens: bool = True) -> Callable[[int], str]:
+        """A function that takes token by token and returns the text that each completes: characters
+        of several tokens come whole, with the last of them."""
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        return lambda token: stream.step(self._tokenizer, token) or ""
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids."""

@@ -1,0 +1,48 @@
+"""Loads what a command line names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..demo.run import MODEL_FOLDER, computes_bfloat16, pick_device
+from ..runtime import CausalLM, Tokenizer, load_model
+from .arguments import DEMO
+
+
+def model_folder(name: str) -> Path:
+    """The folder that MODEL means. Raises FileNotFoundError."""
+    folder = MODEL_FOLDER if name == DEMO else Path(name)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: no such folder; expected a model's folder, or {DEMO!r}")
+    return folder
+
+
+def load(args: argparse.Namespace, *, for_speed: bool = True, **options: Any) -> CausalLM:
+    """The model that `args` names, on its device and in its dtype; `for_speed` takes float32 where
+    the device is slow in the checkpoint's own. `options` are those of `load_model`."""
+    device, note = pick_device(args.device)
+    if note is not None:
+        print(note, file=sys.stderr)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    if for_speed and dtype is None and not computes_bfloat16(device):
+        dtype = torch.float32
+    return load_model(model_folder(args.model), device=device, dtype=dtype, **options)
+
+
+def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
+    return Tokenizer(model_folder(args.model))
+
+
+def read_text(path: str) -> str:
+    """A text file, or standard input for "-". Raises ValueError where it is not UTF-8."""
+    try:
+        if path == "-":
+            return sys.stdin.read()
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, {error}") from None
