@@ -75,7 +75,8 @@ __device__ inline int find_columns(const GatherParams& g, int (&columns)[kOutlie
 }
 
 __global__ void __launch_bounds__(kThreads) gather(const __grid_constant__ GatherParams g) {
-  // The product waits for this kernel, and what it reads before was written long ago.
+  // The product waits for this kernel. All that it reads before is b, and whatever wrote that has
+  // finished, since the kernel before this one has waited for it.
   let_successor_start();
   wait_for_predecessor();
   __shared__ int columns[kOutlierCapacity];
