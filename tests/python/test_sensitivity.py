@@ -145,6 +145,16 @@ class TestSensitivity:
             )
         assert damage == pytest.approx(rise, abs=1e-5)
 
+    def test_padding_does_not_count(self):
+        model = make_decoder(num_hidden_layers=1)
+        (ids,) = token_batches(1)
+        padded = F.pad(ids, (4, 3))
+        mask = F.pad(torch.ones_like(ids), (4, 3))
+        expected = dict(sensitivity(model, "w8a8", calibration=[ids]))
+        batch = {"input_ids": padded, "attention_mask": mask}
+        found = dict(sensitivity(model, "w8a8", calibration=[batch]))
+        assert found == pytest.approx(expected, abs=1e-5)
+
     def test_interrupted(self):
         model = make_decoder(num_hidden_layers=1).train()
         before = snapshot(model)
@@ -177,12 +187,11 @@ class TestKeepWorst:
     def test_keeps_those(self, scheme):
         model, batches = make_decoder(num_hidden_layers=1), token_batches(2)
         worst = {name for name, _ in sensitivity(model, scheme, calibration=batches)[:4]}
-        own = nats(model, batches)
+        own = model(batches[0])
         quantize(model, scheme, calibration=batches, keep_worst=4)
         found = kinds(model)
         assert {name for name, kind in found.items() if kind is None} == worst | set(DEFAULT_SKIP)
-        loss = nats(model, batches)
-        assert loss == pytest.approx(own, abs=5e-3)
+        assert (model(batches[0]) - own).norm() < 0.15 * own.norm()
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -347,7 +347,7 @@ class TestSearch:
 
 class TestUnchanged:
     @pytest.mark.parametrize("scheme", ["smoothquant_o1", "smoothquant_o3", "w8a8_static"])
-    @pytest.mark.parametrize("after", [0, 1, 8])
+    @pytest.mark.parametrize("after", [0, 1, 8, 20, 29])
     def test_interrupted(self, scheme, after):
         model, batches = make_decoder().train(), token_batches()
         before, calls = snapshot(model), []

@@ -125,24 +125,28 @@ def quantize(
         damage = measure_damage(model, targets, plans, batches, on_progress)
         for name, _ in damage[:keep_worst]:
             del targets[name]
+    report = on_progress or (lambda label, done, total: None)
     if calibration is None:
-        for name in list(targets):
+        for done, name in enumerate(names := list(targets), 1):
             target = targets.pop(name)  # the last that holds the layer, once it is replaced
             module = quantize_linear(target.linear, plans.linears[name])
             if name == "":
                 return module
             install(model, target.names, module)
+            report("quantising", done, len(names))
         return model
-    return _install_at_once(model, targets, plans)
+    return _install_at_once(model, targets, plans, report)
 
 
 @torch.no_grad()
-def _install_at_once(model: nn.Module, targets: dict[str, Target], plans: Plans) -> nn.Module:
+def _install_at_once(
+    model: nn.Module, targets: dict[str, Target], plans: Plans, report: OnProgress
+) -> nn.Module:
     """Makes everything new first; then the model changes, without anything that can fail."""
-    modules = {
-        name: quantize_linear(target.linear, plans.linears[name])
-        for name, target in targets.items()
-    }
+    modules: dict[str, nn.Module] = {}
+    for done, (name, target) in enumerate(targets.items(), 1):
+        modules[name] = quantize_linear(target.linear, plans.linears[name])
+        report("quantising", done, len(targets))
     quantised = {target.linear for target in targets.values()}
     parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
     for folding in plans.foldings:

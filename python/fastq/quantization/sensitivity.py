@@ -82,16 +82,16 @@ def measure_damage(
     try:
         for batch in batches:
             exact = _output(run(model, batch))
-            ids = _token_ids(batch).to(exact.device) if is_causal else None
-            own, share = (_nats(exact, ids), ids[:, 1:].numel()) if is_causal else _square(exact)
-            weight += share
+            ids = _next_tokens(batch).to(exact.device) if is_causal else None
+            own = _nats(exact, ids) if is_causal else 0.0
+            weight += int((ids >= 0).sum()) if is_causal else _square(exact)
             for name, target in targets.items():
                 with _replaced(model, target, quantised[name]):
                     output = _output(run(model, batch))
                 if is_causal:
                     damage[name] += _nats(output, ids) - own
                 else:
-                    damage[name] += _square(output.float() - exact.float())[1]
+                    damage[name] += _square(output.float() - exact.float())
                 steps += 1
                 report(f"layer by layer: {name}", steps, total)
             seen += 1
@@ -143,17 +143,23 @@ def _output(output: Any) -> Tensor:
     raise TypeError(f"sensitivity: the model returned a {type(output).__name__}, expected a tensor")
 
 
-def _token_ids(batch: Any) -> Tensor:
+def _next_tokens(batch: Any) -> Tensor:
+    """What follows each token of a batch but the last; -100 where either of the two is padding."""
     if isinstance(batch, tuple):
         batch = batch[0]
-    return batch if isinstance(batch, Tensor) else batch["input_ids"]
+    if isinstance(batch, Tensor):
+        return batch[:, 1:]
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None:
+        return ids[:, 1:]
+    return ids[:, 1:].masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), -100)
 
 
-def _nats(logits: Tensor, ids: Tensor) -> float:
-    targets = ids[:, 1:].flatten()
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="sum").item()
+def _nats(logits: Tensor, targets: Tensor) -> float:
+    """Negative log likelihood of the targets, summed; -100 counts for nothing."""
+    logits = logits[:, :-1].float().flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
 
 
-def _square(x: Tensor) -> tuple[float, float]:
-    square = x.double().square().sum().item()
-    return square, square
+def _square(x: Tensor) -> float:
+    return x.double().square().sum().item()

@@ -44,8 +44,8 @@ def decoder_groups(model: nn.Module) -> list[tuple[str | None, list[str]]]:
         prefix = f"model.layers.{index}."
         attention = [f"{prefix}self_attn.{x}_proj" for x in "qkv"]
         mlp = [f"{prefix}mlp.{x}_proj" for x in ("gate", "up")]
-        mlp = [name for name in mlp if hasattr(layer.mlp, name.rpartition(".")[2])]
-        if getattr(layer, "post_attention_layernorm", None) is None:  # parallel, with one norm
+        mlp = [name for name in mlp if getattr(layer.mlp, name.rpartition(".")[2]) is not None]
+        if layer.post_attention_layernorm is None:  # parallel, with one norm
             groups.append((f"{prefix}input_layernorm", attention + mlp))
         else:
             groups.append((f"{prefix}input_layernorm", attention))
