@@ -138,6 +138,8 @@ class Int8Linear(FrozenLinear):
         self.register_buffer("smooth", ones if smooth else None)
         # Set while weight is None. A buffer, so that it counts as memory.
         self.register_buffer("_packed", None, persistent=False)
+        # Where _packed is that of a JointLinear: this layer's first column in it, and their number.
+        self._packed_columns: tuple[int, int] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -209,7 +211,9 @@ class Int8Linear(FrozenLinear):
 
     def _product(self, x: Tensor) -> Tensor:
         plain = self._buffers["weight"]
-        if plain is None:
+        if self._packed_columns is not None:  # compiled, else it would have been packed anew
+            weight = self._plain_weight().t()
+        elif plain is None:
             weight = PackedWeight(self._packed, self.in_features, self.out_features)
         else:
             weight = plain.t()
@@ -236,6 +240,8 @@ class Int8Linear(FrozenLinear):
 
     def pack(self) -> Int8Linear:
         """Packs a CPU weight now instead of at the first call; does nothing elsewhere."""
+        if self._packed_columns is not None:
+            self._unpack()
         weight = self._buffers["weight"]
         if weight is not None and weight.device.type == "cpu":
             # A tensor made in inference mode could not be used outside of it.
@@ -274,14 +280,15 @@ class Int8Linear(FrozenLinear):
 
     def _plain_weight(self) -> Tensor:
         # The packed form is opaque; a product with the identity reads it back, exactly.
-        packed = PackedWeight(self._packed, self.in_features, self.out_features)
+        first, total = self._packed_columns or (0, self.out_features)
+        packed = PackedWeight(self._packed, self.in_features, total)
         weight = torch.empty(self.out_features, self.in_features, dtype=torch.int8)
         for start in range(0, self.in_features, 1024):
             stop = min(start + 1024, self.in_features)
             rows = torch.zeros(stop - start, self.in_features, dtype=torch.int8)
             rows[:, start:stop] = torch.eye(stop - start, dtype=torch.int8)
             columns = int8_gemm(rows, packed, None, None, out_dtype=torch.int32)
-            weight[:, start:stop] = columns.t()
+            weight[:, start:stop] = columns[:, first : first + self.out_features].t()
         return weight
 
     def _unpack(self) -> None:
@@ -289,6 +296,7 @@ class Int8Linear(FrozenLinear):
             with torch.inference_mode(False), torch.no_grad():
                 self.weight = self._plain_weight()
         self._packed = None
+        self._packed_columns = None
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
