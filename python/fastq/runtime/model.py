@@ -310,7 +310,7 @@ class CausalLM(nn.Module):
         """
         _check_input(input_ids, cache)
         packing = make_packing(input_ids, cache, attention_mask)
-        _check_room(input_ids.shape[1] if packing is None else packing.max_length, cache, self)
+        check_room(input_ids.shape[1] if packing is None else packing.max_length, cache, self)
         fused = self.fused_decoder(cache)
         if packing is None:
             hidden = self.model(input_ids, cache, None, fused)
@@ -355,7 +355,8 @@ def make_packing(
     return Packing(mask)
 
 
-def _check_room(seqlen: int, cache: KVCache | None, model: CausalLM) -> None:
+def check_room(seqlen: int, cache: KVCache | None, model: CausalLM) -> None:
+    """Raises ValueError where so many more tokens do not fit."""
     taken = 0 if cache is None else cache.length
     if cache is not None and taken + seqlen > cache.max_length:
         raise ValueError(
