@@ -8,6 +8,22 @@ from fastq.runtime import CausalLM, ModelConfig
 
 VOCABULARY = 101
 
+# One decoder of each kind of block.
+BLOCKS = {
+    "llama": {},
+    "sequential_layer_norm": {
+        "norm": "layer",
+        "position": "learned",
+        "mlp_gated": False,
+        "activation": "relu",
+        "qkv_bias": True,
+        "mlp_bias": True,
+    },
+    "parallel": {"norm": "layer", "parallel_residual": True, "mlp_gated": False},
+    "parallel_shared_norm": {"norm": "layer", "parallel_residual": True, "shared_norm": True},
+    "query_key_norms_alibi": {"qk_norm": True, "position": "alibi", "embed_norm": True},
+}
+
 
 def make_decoder(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **config: object
@@ -27,7 +43,7 @@ def make_decoder(
     model = CausalLM(ModelConfig(**{**sizes, **config}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name and name.endswith("weight"):
                 parameter.uniform_(0.5, 1.5)
                 parameter[::13] *= 8
             else:

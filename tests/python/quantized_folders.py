@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastq
-from fastq.nn import Int8Linear
 from fastq.runtime import load_model
 
 IDS = torch.tensor(
@@ -58,16 +57,9 @@ def save_float(folder: Path, family: str = "llama", dtype: torch.dtype = torch.f
 
 
 def quantize(model: nn.Module, scheme: str) -> nn.Module:
-    """The model, quantised; static scales are those of the inputs that `IDS` gives."""
-    if scheme in ("w8a8", "llm_int8"):
-        options = {"threshold": 1.5} if scheme == "llm_int8" else {}
-        return fastq.quantize(model, scheme, **options)
-    scales = input_scales(model)
-    for name in scales:
-        linear = model.get_submodule(name)
-        options = {"input_scale": scales[name]} if scheme == "w8a8_static" else {}
-        model.set_submodule(name, Int8Linear.from_float(linear, scheme, **options))
-    return model
+    """The model, quantised; calibrated with `IDS` where the scheme wants it."""
+    options = {"threshold": 1.5} if scheme == "llm_int8" else {}
+    return fastq.quantize(model, scheme, calibration=[IDS], **options)
 
 
 def input_scales(model: nn.Module) -> dict[str, torch.Tensor]:

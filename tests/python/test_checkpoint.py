@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastq.runtime import CausalLM, ModelConfig, Tokenizer, load_model
+from fastq.nn import Int8Linear
+from fastq.quantization import quantize
+from fastq.runtime import CausalLM, ModelConfig, Tokenizer, checkpoint, load_model
+from fastq.runtime.layout import to_checkpoint
 
 CONFIG = ModelConfig(
     vocab_size=19,
@@ -130,6 +135,121 @@ def test_old_rotary_buffers_are_ignored(folder):
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
     edit_tensors(folder, lambda t: t.update({name: torch.ones(2)}))
     assert torch.equal(load_model(folder)(IDS), make_model()(IDS))
+
+
+_LOAD = """
+import sys
+import torch
+from fastq.runtime import load_model
+
+def status(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+load_model(sys.argv[1])  # what the first use of libraries takes is not the weights'
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM, the peak of VmRSS
+model = load_model(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
+touched = sum(p.view(-1)[::64].sum().item() for p in model.parameters())  # mapped pages come in
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+print(size, status("VmHWM") - before)
+"""
+
+
+def deep_checkpoint(folder: Path, family: str) -> Path:
+    """26 M or 34 M parameters in tensors of 0.4 MB to 1 MB, float32, in two shards."""
+    plain = {"norm": "layer", "mlp_gated": False, "position": "learned", "activation": "gelu_tanh"}
+    biases = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+    config = ModelConfig(
+        vocab_size=101,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=32,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        dtype="float32",
+        **(plain | biases | {"norm_eps": 1e-5} if family == "gpt2" else {}),
+        tie_word_embeddings=family == "gpt2",
+        family=family,
+    )
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    tensors = to_checkpoint(config, CausalLM(config).requires_grad_(False).state_dict())
+    names = list(tensors)
+    weight_map = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, folder / f"part{i}.safetensors")
+        weight_map |= dict.fromkeys(part, f"part{i}.safetensors")
+    write_index(folder, weight_map)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def deep(request, tmp_path_factory) -> Path:
+    return deep_checkpoint(tmp_path_factory.mktemp("deep") / request.param, request.param)
+
+
+class TestMemory:
+    """Loading takes at most 1.1 times the weights."""
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_host(self, deep, folder, dtype):
+        command = [sys.executable, "-c", _LOAD, folder, deep, dtype]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        size, peak = map(int, run.stdout.split())
+        assert size > (90e6 if dtype == "float32" else 45e6)
+        assert 0.9 * size <= peak <= 1.1 * size
+
+    @pytest.mark.cuda
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_device(self, deep, dtype):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model = load_model(deep, dtype=dtype, device="cuda")
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        assert torch.cuda.max_memory_allocated() - before <= 1.1 * size
+
+    def test_nothing_is_read_before_all_is_checked(self, folder, monkeypatch):
+        edit_config(folder, num_attention_heads=4, num_key_value_heads=2)
+        monkeypatch.setattr(checkpoint, "read_tensors", None)
+        with pytest.raises(ValueError, match="expected"):
+            load_model(folder)
+
+
+class TestConvert:
+    def test_every_linear_layer_in_order(self, folder):
+        """Each is passed once, whole, before any later one has weights."""
+        seen = []
+
+        def convert(name, layer):
+            assert not any(p.is_meta for p in layer.parameters())
+            seen.append((name, layer.weight.clone()))
+            return torch.nn.Identity() if name.endswith("layers.1.mlp.up_proj") else layer
+
+        model = load_model(folder, convert=convert)
+        expected = dict(make_model().named_parameters())
+        linear = [n for n, m in make_model().named_modules() if isinstance(m, torch.nn.Linear)]
+        assert [name for name, _ in seen] == linear
+        assert all(torch.equal(weight, expected[f"{name}.weight"]) for name, weight in seen)
+        assert isinstance(model.model.layers[1].mlp.up_proj, torch.nn.Identity)
+
+    def test_quantised_while_loaded(self, folder):
+        def convert(name, layer):
+            return layer if name == "lm_head" else Int8Linear.from_float(layer)
+
+        expected = quantize(make_model())(IDS)
+        assert torch.equal(load_model(folder, convert=convert)(IDS), expected)
+
+    def test_a_tied_head_comes_last(self, folder):
+        edit_config(folder, tie_word_embeddings=True)
+        edit_tensors(folder, lambda t: t.pop("lm_head.weight"))
+        names = []
+        model = load_model(folder, convert=lambda name, layer: names.append(name) or layer)
+        assert names[-1] == "lm_head"
+        assert len(names) == len(set(names)) == 15
+        assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 class TestDamaged:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from fastq.runtime import CausalLM, KVCache, ModelConfig, generate, load_model
+from fastq.runtime import CausalLM, KVCache, ModelConfig, attention, generate, kv_cache, load_model
 from fastq.runtime.families import FAMILIES
 from fastq.runtime.layout import from_checkpoint, to_checkpoint
 
@@ -145,6 +146,31 @@ def test_logits_equal_transformers(case, device):
     assert relative_error(torch.cat(chunks, dim=1), expected) <= TOLERANCE
 
 
+def test_bfloat16_is_as_close_as_transformers(case, device):
+    """Whole, and a padded prompt with the tokens that follow."""
+    _, theirs, folder = case
+    ids = torch.randint(VOCAB, (2, 41))
+    expected = theirs(ids).logits
+    halved = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        bound = 2 * relative_error(halved(ids).logits.float(), expected) + 1e-5
+    model = load_model(folder, dtype=torch.bfloat16, device=device)
+    ids = ids.to(device)
+    assert relative_error(model(ids).float(), expected) <= bound
+    cache = model.new_cache(2, 50)
+    mask = torch.ones(2, 30, dtype=torch.int64)
+    mask[1, :17] = 0
+    padded = ids[:, :30].clone()
+    padded[1, 17:] = ids[1, :13]
+    prompt = model(padded, cache, attention_mask=mask)
+    assert relative_error(prompt[0].float(), expected[0, :30]) <= bound
+    assert relative_error(prompt[1, 17:].float(), expected[1, :13]) <= bound
+    following = torch.stack((ids[0, 30:41], ids[1, 13:24]))
+    steps = torch.cat([model(part, cache) for part in following.split([1, 1, 9], 1)], 1).float()
+    assert relative_error(steps[0], expected[0, 30:41]) <= bound
+    assert relative_error(steps[1], expected[1, 13:24]) <= bound
+
+
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_padded_sequences_are_as_alone(case, device, side):
     """Without a cache, and with one that then grows by tokens of every sequence."""
@@ -171,6 +197,13 @@ def test_padded_sequences_are_as_alone(case, device, side):
         assert relative_error(last[row], wanted[length - 1 : length]) <= TOLERANCE
         assert relative_error(cached[row].cpu()[tokens], wanted[:length]) <= TOLERANCE
         assert relative_error(torch.cat(steps, 1)[row], wanted[length:]) <= TOLERANCE
+
+
+def test_padded_sequences_without_a_kernel(case, monkeypatch):
+    """Where fastq has no kernel torch attends, by masks."""
+    for module in (attention, kv_cache):
+        monkeypatch.setattr(module, "has_kernel", lambda _: False)
+    test_padded_sequences_are_as_alone(case, torch.device("cpu"), "left")
 
 
 def test_left_padding_is_that_of_transformers(case, device):
@@ -253,14 +286,29 @@ def test_transformers_reads_our_config(case, tmp_path):
     assert relative_error(again(ids).logits, theirs(ids).logits) <= 1e-6
 
 
-@pytest.mark.parametrize("name", FAMILY_CASES)
+OLD_BUFFERS = {
+    "llama": ["layers.1.self_attn.rotary_emb.inv_freq"],
+    "gpt2": ["h.0.attn.bias", "h.1.attn.masked_bias"],
+    "gpt_neox": [
+        "layers.0.attention.bias",
+        "layers.0.attention.masked_bias",
+        "layers.1.attention.rotary_emb.inv_freq",
+    ],
+    "opt": ["decoder.version"],
+}
+
+
+# GPT-J's head has a bias, which a base model lacks.
+@pytest.mark.parametrize("name", [name for name in FAMILY_CASES if name != "gptj"])
 def test_a_checkpoint_without_its_head(name, tmp_path):
     """Base models are saved without the prefix of their names, and may hold old buffers."""
     family, options = CASES[name]
     theirs = make_oracle(family, {**options, "tie_word_embeddings": True})
-    if family == "gptj":  # its head has a bias, which a base model lacks
-        return
     theirs.base_model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for buffer in OLD_BUFFERS.get(family, ()):
+        tensors[buffer] = torch.ones(1)
+    save_file(tensors, tmp_path / "model.safetensors")
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
     ids = torch.randint(VOCAB, (1, 9))
@@ -269,6 +317,47 @@ def test_a_checkpoint_without_its_head(name, tmp_path):
 
 def test_every_family_is_tested():
     assert {family for family, _ in CASES.values()} == set(FAMILIES)
+
+
+class TestOptions:
+    """Of ModelConfig, which no family here uses: against the same function said otherwise."""
+
+    CONFIG = ModelConfig(
+        vocab_size=31,
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=6,
+        norm="layer",
+    )
+
+    def equal(self, other: ModelConfig, edit) -> None:
+        torch.manual_seed(0)
+        model = CausalLM(self.CONFIG).requires_grad_(False)
+        changed = CausalLM(other).requires_grad_(False)
+        state = model.state_dict()
+        edit(state)
+        changed.load_state_dict(state)
+        ids = torch.randint(31, (2, 9))
+        torch.testing.assert_close(changed(ids), model(ids))
+        torch.testing.assert_close(changed(ids, changed.new_cache(2, 9)), model(ids))
+
+    def test_softmax_scale(self):
+        def halve(state):
+            for name in state:
+                if "q_proj" in name:
+                    state[name] = state[name] / 2
+
+        self.equal(replace(self.CONFIG, softmax_scale=2 / 6**0.5), halve)
+
+    def test_no_norm_bias(self):
+        def drop(state):
+            for name in [name for name in state if name.endswith("bias")]:
+                assert not state.pop(name).any()
+
+        self.equal(replace(self.CONFIG, norm_bias=False), drop)
 
 
 class TestBadInput:
@@ -331,8 +420,6 @@ class TestBadInput:
             from_checkpoint(model.config, {"model.norm.weight": torch.ones(8)})
 
     def test_a_missing_tensor_has_the_familys_name(self, model, tmp_path: Path):
-        from safetensors.torch import save_file
-
         (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
         tensors = to_checkpoint(model.config, model.state_dict())
         del tensors["transformer.h.0.attn.c_attn.bias"]

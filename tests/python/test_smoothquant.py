@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import reference
-from decoders import assert_unchanged, linear_inputs, make_decoder, snapshot, token_batches
+from decoders import BLOCKS, assert_unchanged, linear_inputs, make_decoder, snapshot, token_batches
 from fastq.nn import Int8Linear, OutlierLinear
 from fastq.quantization import quantize
 from fastq.quantization.planning import Options, make_plans
@@ -59,7 +59,7 @@ def module_with_norm(device: torch.device | str = "cpu", norm: type = nn.LayerNo
             return self.c(torch.relu(self.a(h)) * self.b(h))
 
     torch.manual_seed(0)
-    block = Block()
+    block = Block().requires_grad_(False)
     with torch.no_grad():
         for tensor in block.norm.parameters():
             tensor.uniform_(-1.5, 1.5)
@@ -128,12 +128,13 @@ class TestFloatFunction:
                     linear.weight.copy_(linear.weight.float() * folding.factor)
         return plans
 
+    @pytest.mark.parametrize("block", BLOCKS)
     @pytest.mark.parametrize("alpha", [0.3, 0.8, "search"])
-    def test_decoder(self, device, alpha):
-        model, batches = make_decoder(device), token_batches(device=device)
+    def test_decoder(self, device, alpha, block):
+        model, batches = make_decoder(device, **BLOCKS[block]), token_batches(device=device)
         expected = model(batches[0])
         plans = self.fold(model, batches, alpha=alpha)
-        assert len(plans.foldings) == 6
+        assert len(plans.foldings) == (3 if block == "parallel_shared_norm" else 6)
         logits = model(batches[0])
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 

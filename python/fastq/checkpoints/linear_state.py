@@ -37,16 +37,17 @@ class LinearState:
     input_scale: Tensor | None = None
     threshold: float = 0.0
 
-    def to_module(self, device: torch.device | str) -> nn.Module:
-        """An :class:`fastq.nn.Int8Linear` or :class:`fastq.nn.OutlierLinear` on the device."""
+    def to_module(self) -> nn.Module:
+        """An :class:`fastq.nn.Int8Linear` or :class:`fastq.nn.OutlierLinear` of these tensors."""
         sizes = (self.weight.shape[1], self.weight.shape[0], self.bias is not None)
         if self.scheme == "llm_int8":
-            module: nn.Module = OutlierLinear(*sizes, threshold=self.threshold, device=device)
+            module: nn.Module = OutlierLinear(*sizes, threshold=self.threshold, device="meta")
         else:
-            module = Int8Linear(*sizes, scheme=self.scheme, device=device)
+            module = Int8Linear(*sizes, scheme=self.scheme, device="meta")
         state = {"weight": self.weight, "weight_scale": self.weight_scale, "bias": self.bias}
         state["input_scale"] = self.input_scale
-        module.load_state_dict({k: v for k, v in state.items() if v is not None})
+        tensors = {name: tensor for name, tensor in state.items() if tensor is not None}
+        module.load_state_dict(tensors, assign=True)
         return module.eval()
 
 
@@ -105,12 +106,16 @@ def join(
 
 
 def split(
-    state: LinearState, rows: Callable[[Tensor], dict[str, Tensor]]
+    state: LinearState, rows: Callable[[Tensor], dict[str, Tensor]], device: torch.device | str
 ) -> dict[str, LinearState]:
-    """:func:`join` back: `rows` gives each layer's part of an (N, K) or (N,) tensor."""
+    """:func:`join` back: `rows` copies each layer's part of an (N, K) or (N,) tensor to the
+    device."""
     weights, scales = rows(state.weight), rows(state.weight_scale)
     biases = rows(state.bias) if state.bias is not None else dict.fromkeys(weights)
-    return {
-        name: replace(state, weight=weights[name], weight_scale=scales[name], bias=biases[name])
-        for name in weights
-    }
+    parts = {}
+    for name, weight in weights.items():
+        scale = None if state.input_scale is None else state.input_scale.to(device, copy=True)
+        parts[name] = replace(
+            state, weight=weight, weight_scale=scales[name], bias=biases[name], input_scale=scale
+        )
+    return parts

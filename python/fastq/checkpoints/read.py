@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def quantised_linears(
         dtype = dtype_of(f"{name}.weight")
         if not all(quantization.quantizes(alias, dtype) for alias in linear.names):
             continue
-        if linear.tensor.transposed:
+        if linear.weight.transposed:
             raise NotImplementedError(
                 f"{quantization.source}: {name} is quantised, but a Conv1D in transformers; "
                 "expected a family of nn.Linear layers"
@@ -94,4 +95,5 @@ def build_linears(
     Raises ValueError and NotImplementedError for values that are no scales.
     """
     state = quantization.read(linear.name, tensor)
-    return {name: own.to_module(device) for name, own in split(state, linear.split_rows).items()}
+    parts = split(state, partial(linear.split_rows, device=device), device)
+    return {name: part.to_module() for name, part in parts.items()}

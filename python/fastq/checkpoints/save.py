@@ -136,7 +136,7 @@ def _config(model: nn.Module, source: str | Path | None, dtype: torch.dtype) -> 
         config = json.loads(file.read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
         if isinstance(own, ModelConfig):
-            found = ModelConfig.from_dict(config, source=str(file))
+            found = type(own).from_dict(config, source=str(file))
             if replace(found, dtype=own.dtype) != own:
                 raise ValueError(
                     f"save_quantized: {file} describes {found}, expected the model's {own}"
@@ -185,11 +185,14 @@ def _format(linears: dict[str, StoredLinear], scale_dtype: torch.dtype) -> tuple
     if "llm_int8" not in schemes.values():
         write = partial(compressed_tensors.write, scale_dtype=scale_dtype)
         return compressed_tensors.write_config(schemes, floats), write
-    if len(set(schemes.values())) > 1 or len(set(thresholds.values())) > 1:
-        found = sorted({f"{schemes[n]} with threshold {thresholds[n]}" for n in schemes}, key=str)
+    found = {
+        scheme if thresholds[name] is None else f"{scheme} with threshold {thresholds[name]:g}"
+        for name, scheme in schemes.items()
+    }
+    if len(found) > 1:
         raise ValueError(
             "save_quantized: bitsandbytes' format has LLM.int8() with one threshold, got "
-            + " and ".join(found)
+            + " and ".join(sorted(found))
         )
     threshold = next(iter(thresholds.values()))
     return bitsandbytes.write_config(threshold, floats), bitsandbytes.write

@@ -6,10 +6,11 @@ and v in one. Any other model, such as one of transformers, is stored as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..nn import Int8Linear, OutlierLinear
@@ -28,8 +29,8 @@ class _Same:
     def join(self, parameters: Mapping[str, Tensor]) -> Tensor:
         return parameters[self.name]
 
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        return {self.name: tensor}
+    def split(self, tensor: Tensor, dtype: Any, device: Any) -> Iterator[tuple[str, Tensor]]:
+        yield self.name, tensor.to(device=device, dtype=dtype, copy=True)
 
     @property
     def parts(self) -> tuple[str]:
@@ -50,11 +51,15 @@ def stored_tensors(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> d
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A linear layer of the checkpoint, and the model's modules that it consists of."""
+    """A linear layer of the checkpoint, and the model's modules that it consists of.
+
+    `weight` and `scale` are its tensors of (N, K) and of (N,), as :func:`stored_tensors` has them.
+    """
 
     name: str
     modules: dict[str, nn.Module]
-    tensor: Any  # that of the weight
+    weight: Any
+    scale: Any
 
     @property
     def names(self) -> list[str]:
@@ -71,13 +76,16 @@ class StoredLinear:
         states = {name: state_of(module) for name, module in self.modules.items()}
         return join(states, self._join_rows)
 
-    def split_rows(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Each module's rows of an (N, K) or (N,) tensor of the layer."""
-        pieces = self.tensor.split(tensor)
-        return {name.removesuffix(".weight"): piece for name, piece in pieces.items()}
+    def split_rows(self, tensor: Tensor, device: torch.device | str) -> dict[str, Tensor]:
+        """Copies of each module's rows of an (N, K) or (N,) tensor of the layer, on the device."""
+        stored = self.weight if tensor.dim() == 2 else self.scale
+        pieces = stored.split(tensor, tensor.dtype, device)
+        return {name.rpartition(".")[0]: piece for name, piece in pieces}
 
     def _join_rows(self, rows: dict[str, Tensor]) -> Tensor:
-        return self.tensor.join({f"{name}.weight": part for name, part in rows.items()})
+        is_weight = next(iter(rows.values())).dim() == 2
+        stored, leaf = (self.weight, "weight") if is_weight else (self.scale, "weight_scale")
+        return stored.join({f"{name}.{leaf}": part for name, part in rows.items()})
 
 
 def stored_linears(model: nn.Module) -> dict[str, StoredLinear]:
@@ -95,9 +103,11 @@ def stored_linears(model: nn.Module) -> dict[str, StoredLinear]:
         f"{name}.weight": (module.out_features, module.in_features)
         for name, module in modules.items()
     }
+    scales = {f"{name}.weight_scale": (m.out_features,) for name, m in modules.items()}
+    scales = stored_tensors(model, scales)
     linears = {}
-    for stored, tensor in stored_tensors(model, shapes).items():
-        names = [part.removesuffix(".weight") for part in tensor.parts]
+    for stored, weight in stored_tensors(model, shapes).items():
+        names = [part.removesuffix(".weight") for part in weight.parts]
         own = {name: modules[name] for name in names}
         kinds = {name: isinstance(module, QUANTISED) for name, module in own.items()}
         name = stored.removesuffix(".weight")
@@ -107,12 +117,12 @@ def stored_linears(model: nn.Module) -> dict[str, StoredLinear]:
                 f"save_quantized: {', '.join(names)} are one layer in the family's checkpoints, "
                 f"expected all of them quantised or none, got {', '.join(quantised)}"
             )
-        linears[name] = StoredLinear(name, own, tensor)
+        linears[name] = StoredLinear(name, own, weight, scales[f"{name}.weight_scale"])
         if not linears[name].is_quantised:
             continue
         for part, module in own.items():
             check_storable(part, module)
-        if tensor.transposed:
+        if weight.transposed:
             raise NotImplementedError(
                 f"save_quantized: {name} is a Conv1D in transformers, which holds no INT8 weight; "
                 "expected a family of nn.Linear layers"

@@ -47,14 +47,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..evaluation.speed import measure_speed
-    from ..quantization import quantize
+    from ..quantization import progress_bar
     from .models import load
-    from .progress import progress_bar
 
     with progress_bar() as report:
-        model = load(args)
-        if args.scheme is not None:
-            quantize(model, args.scheme, on_progress=report)
+        model = load(args, scheme=args.scheme)
         model.use_fused = not args.modules
         done = 0
 

@@ -92,8 +92,8 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..quantization import progress_bar
     from .models import load, load_tokenizer
-    from .progress import progress_bar
 
     begin = time.perf_counter()
     with progress_bar() as report:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from itertools import chain
 
 from .arguments import (
     add_command,
@@ -102,8 +103,9 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args, model, max(map(len, ids)))
     if args.json or len(ids) > 1:
         return _print_all(args, model, tokenizer, prompts, ids, options)
-    sys.stdout.write(prompts[0])
-    for piece in stream_text(model, tokenizer, ids[0], **options):
+    pieces = stream_text(model, tokenizer, ids[0], **options)
+    first = next(pieces, "")  # raises before anything is written
+    for piece in chain((prompts[0] + first,), pieces):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..demo.run import MODEL_FOLDER, computes_bfloat16, pick_device
 from ..runtime import CausalLM, Tokenizer, load_model
@@ -23,21 +22,16 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def load(
-    args: argparse.Namespace,
-    *,
-    for_speed: bool = True,
-    convert: Callable[[str, nn.Module], nn.Module] | None = None,
-) -> CausalLM:
+def load(args: argparse.Namespace, *, for_speed: bool = True, **options: Any) -> CausalLM:
     """The model that `args` names, on its device and in its dtype; `for_speed` takes float32 where
-    the device is slow in the checkpoint's own. `convert` is that of `load_model`."""
+    the device is slow in the checkpoint's own. `options` are those of `load_model`."""
     device, note = pick_device(args.device)
     if note is not None:
         print(note, file=sys.stderr)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if for_speed and dtype is None and not computes_bfloat16(device):
         dtype = torch.float32
-    return load_model(model_folder(args.model), device=device, dtype=dtype, convert=convert)
+    return load_model(model_folder(args.model), device=device, dtype=dtype, **options)
 
 
 def load_tokenizer(args: argparse.Namespace) -> Tokenizer:

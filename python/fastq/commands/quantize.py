@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +153,8 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     from ..checkpoints import save_quantized
     from ..evaluation.speed import weight_bytes
-    from ..quantization import quantize
+    from ..quantization import progress_bar, quantize
     from .models import load, model_folder
-    from .progress import progress_bar
 
     source = model_folder(args.model)
     with progress_bar() as report:
@@ -165,9 +163,9 @@ def run(args: argparse.Namespace) -> int:
             model = load(args, for_speed=False)
             model = quantize(model, args.scheme, on_progress=report, **options)
         else:
-            convert, layers = _converter(args.scheme, options, source, report)
-            model = load(args, for_speed=False, convert=convert)
-            report("quantising", layers, layers)
+            # Layer by layer: the model in float may be larger than the device.
+            report("quantising", 0, 0)
+            model = load(args, for_speed=False, scheme=args.scheme, **options)
         report("writing", 0, 0)
         save_quantized(model, args.out, source=source)
     result = {
@@ -175,17 +173,17 @@ def run(args: argparse.Namespace) -> int:
         "out": args.out,
         "scheme": args.scheme,
         "quantized_layers": _count(model),
-        "weight_bytes_before": _meta_numel(source) * model.dtype.itemsize,
+        "weight_bytes_before": _float_bytes(source, model.dtype),
         "weight_bytes": weight_bytes(model),
         "seconds": time.perf_counter() - begin,
     }
     if args.json:
         print(json.dumps(result, indent=2))
         return 0
+    before, after = (result[name] / 1e6 for name in ("weight_bytes_before", "weight_bytes"))
     print(
         f"{args.out}: {result['quantized_layers']} layers in INT8 ({args.scheme}), "
-        f"{result['weight_bytes_before'] / 1e6:,.1f} MB of weights became {result['weight_bytes'] / 1e6:,.1f} MB "
-        f"in {result['seconds']:.0f} s"
+        f"{before:,.1f} MB of weights became {after:,.1f} MB in {result['seconds']:.0f} s"
     )
     return 0
 
@@ -213,39 +211,15 @@ def _options(args: argparse.Namespace, source: Path) -> dict[str, Any]:
     return options
 
 
-def _meta_model(source: Path) -> Any:
-    """The float model's shapes, without its weights."""
+def _float_bytes(source: Path, dtype: Any) -> int:
+    """What the model takes in float."""
     import torch
 
     from ..runtime import CausalLM, ModelConfig
 
     with torch.device("meta"):
-        return CausalLM(ModelConfig.from_file(source / "config.json"))
-
-
-def _meta_numel(source: Path) -> int:
-    return sum(parameter.numel() for parameter in _meta_model(source).parameters())
-
-
-def _converter(
-    scheme: str, options: dict[str, Any], source: Path, report: Callable[[str, int, int], None]
-) -> tuple[Callable[[str, Any], Any], int]:
-    """Quantises each layer as soon as it is read: a model in 16 bits may be larger than the
-    device. Also the number of layers."""
-    from ..quantization import quantize_linear, uncalibrated_plans
-
-    plans = uncalibrated_plans(_meta_model(source), scheme, **options)
-    done = 0
-
-    def convert(name: str, linear: Any) -> Any:
-        nonlocal done
-        if name not in plans:
-            return linear
-        done += 1
-        report("quantising", done, len(plans))
-        return quantize_linear(linear, plans[name])
-
-    return convert, len(plans)
+        model = CausalLM(ModelConfig.from_file(source / "config.json"))
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def _count(model: Any) -> int:

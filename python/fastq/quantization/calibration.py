@@ -94,17 +94,20 @@ def resolve(calibration: Any, tokenizer: Any, model: nn.Module) -> Iterable[Any]
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[OnProgress]:
-    """A bar on stderr; what it gives is an `on_progress` of :func:`fastq.quantize`."""
+    """A bar on stderr, where that is a terminal; what it gives is an `on_progress` of
+    :func:`fastq.quantize`."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True)
     with Progress(
-        TextColumn("{task.description:<30}"),
+        TextColumn("{task.description:<36}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("loading", total=None)
 

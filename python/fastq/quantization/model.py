@@ -76,8 +76,10 @@ def quantize(
             is. With None for a norm, the quantised layers divide their input (``smooth`` of
             :class:`fastq.nn.Int8Linear`). Known of a runtime decoder; in any other module each
             layer is smoothed by itself, unless groups are given.
-        percentile: static scales follow this percentile of the inputs' magnitudes, on up to 512
-            rows of calibration data, instead of the largest; what lies above is clipped.
+        percentile: static scales follow this percentile of the inputs' magnitudes, such as 99.99,
+            on up to 512 rows of calibration data, instead of the largest; what lies above is
+            clipped. It helps where a few elements lie far from all others, as in the inputs that
+            no norm writes, which smoothing leaves as they are.
         rotation: 0, 2, 4, 8, 16 or 32: multiplies blocks of that many features by a Hadamard matrix
             before they are quantised, as :class:`fastq.nn.Int8Linear` says. It needs no
             calibration and costs time at each call; 32 is the most accurate where activations

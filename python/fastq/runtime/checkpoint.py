@@ -38,7 +38,12 @@ class Location(NamedTuple):
 
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 # Old exports hold the rotary frequencies, which the config already fixes, and causal masks.
 _IGNORED = re.compile(
     r"(\S+\.)?(h|layers)\.\d+\.\w+\.(rotary_emb\.inv_freq|masked_bias)"
@@ -52,7 +57,9 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    scheme: str | None = None,
     convert: Callable[[str, nn.Module], nn.Module] | None = None,
+    **options: Any,
 ) -> CausalLM:
     """Loads a decoder of any family in `families.py` for inference, float or quantised.
 
@@ -66,10 +73,15 @@ def load_model(
         dtype: float32, float16 or bfloat16; None keeps the one that config.json names, else
             float32.
         device: where the weights go.
+        scheme: quantises every linear layer on the device as soon as it is there, as
+            :func:`fastq.quantize` would: at most the quantised weights and one more layer are in
+            memory. A scheme without calibration: "w8a8", "w8a8_tensor" or "llm_int8".
         convert: called with the name of every float linear layer and the layer, as soon as its
             weights are on the device and before any later one's are; what it returns takes its
             place. So a model may be quantised that is larger than the device. An output projection
             tied to the embedding is passed last.
+        options: of a scheme: `skip`, `overrides`, `rotation`, `threshold` and `per_tensor_weight`
+            of :func:`fastq.quantize`.
 
     Returns:
         The model in eval mode, its parameters without gradients.
@@ -77,7 +89,8 @@ def load_model(
     Raises:
         FileNotFoundError: a file is absent.
         ValueError: a file is damaged, or its tensors are not those of the config; the message
-            names the file, the tensor, what was expected and what came.
+            names the file, the tensor, what was expected and what came. A scheme that needs
+            calibration, or for a checkpoint that is quantised already.
         NotImplementedError: a model or a quantisation that the runtime does not compute.
     """
     folder = Path(folder)
@@ -87,6 +100,13 @@ def load_model(
     dtype = resolve_dtype(dtype, config.dtype, config_file)
     with torch.device("meta"):
         model = CausalLM(config)
+    if scheme is not None or options:
+        if raw.get("quantization_config") is not None:
+            raise ValueError(
+                f"load_model: scheme is {scheme!r}, expected None: {config_file} says that the "
+                "checkpoint is quantised already"
+            )
+        convert = _quantiser(model, scheme, options, convert)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     family = family_of(config)
     head, embedding = (
@@ -102,12 +122,30 @@ def load_model(
     if tied_head is not None:
         _check_tied_head(tied_head, locations[embedding])
     quantised.fill(model, locations, torch.device(device))
-    fill_parameters(model, read_tensors(tensors, locations, dtype, torch.device(device)), convert)
+    parameters = read_tensors(tensors, locations, dtype, device, lasting=convert is None)
+    fill_parameters(model, parameters, convert)
     if config.tie_word_embeddings:
         model.tie_weights()
         if convert is not None:
             model.lm_head = convert("lm_head", model.lm_head)
     return model.eval().requires_grad_(False)
+
+
+def _quantiser(
+    model: CausalLM,
+    scheme: str | None,
+    options: dict[str, Any],
+    convert: Callable[[str, nn.Module], nn.Module] | None,
+) -> Callable[[str, nn.Module], nn.Module]:
+    """A `convert` of `load_model` that quantises by a scheme."""
+    if scheme is None:
+        raise TypeError(f"load_model: {next(iter(options))} is given, expected it with a scheme")
+    if convert is not None:
+        raise TypeError("load_model: scheme and convert are both given, expected one of them")
+    from ..quantization import quantize_linear, uncalibrated_plans
+
+    plans = uncalibrated_plans(model, scheme, **options)
+    return lambda name, linear: quantize_linear(linear, plans[name]) if name in plans else linear
 
 
 class Quantised(NamedTuple):
@@ -277,7 +315,7 @@ def check_tensors(
                     expected = quantised[name]
                     _check_tensor(path, name, stored, expected.shapes, expected.dtypes)
                 else:
-                    _check_tensor(path, name, stored, (tensors[name].shape,), _FLOATS)
+                    _check_tensor(path, name, stored, (tensors[name].shape,), _STORED_DTYPES)
 
 
 def _more(names: list[str]) -> str:
@@ -311,17 +349,30 @@ def read_tensors(
     tensors: dict[str, StoredTensor],
     locations: dict[str, Location],
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | str,
+    *,
+    lasting: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The canonical parameters, one after the other, contiguous."""
+    """The canonical parameters, one after the other, contiguous.
+
+    Those that stay as they are stored lie in the mapping of their file, whose pages come in as they
+    are used: they share one where they are `lasting`. For a copy, or a tensor soon let go, the file
+    is mapped anew, so that its pages go too.
+    """
+    device = torch.device(device)
+    shared = {}
     for name, stored in tensors.items():
-        tensor = _read(locations[name])
-        for part, piece in stored.split(tensor).items():
-            yield part, piece.to(device=device, dtype=dtype).contiguous()
+        path, stored_name = locations[name]
+        file = shared[path] if path in shared else shared.setdefault(path, _open(path))
+        stored_dtype = _STORED_DTYPES[file.get_slice(stored_name).get_dtype()]
+        if stored.is_plain and device.type == "cpu" and stored_dtype == dtype:
+            tensor = file.get_tensor(stored_name) if lasting else _read(locations[name])
+            yield next(iter(stored.parts)), tensor
+        else:
+            yield from stored.split(_read(locations[name]), dtype, device)
 
 
 def _read(location: Location) -> Tensor:
-    # A file opened anew: its mapped pages are let go with the tensor.
     with _open(location.path) as file:
         return file.get_tensor(location.name)
 

@@ -30,8 +30,8 @@ class RopeScaling:
 class ModelConfig:
     """What fixes a decoder: its sizes and the kind of each part.
 
-    `families.py` reads it from a `config.json` and writes it back; `family` is the model_type there
-    and says nothing else. The defaults are a LLaMA's.
+    `config_json.py` reads it from a `config.json` and writes it back; `family` is the model_type
+    there and says nothing else. The defaults are a LLaMA's.
 
     - `norm` is "rms" or "layer" (with a bias where `norm_bias`), of `norm_eps`.
     - `position` is "rotary", "learned" or "alibi". Rotary turns the first `rotary_dim` elements of
@@ -126,7 +126,7 @@ class ModelConfig:
         Raises ValueError for a missing or malformed entry and NotImplementedError for a model
         that this runtime does not compute. `source` is named in the messages.
         """
-        from .families import read_config
+        from .config_json import read_config
 
         return read_config(raw, source, cls)
 
@@ -140,7 +140,7 @@ class ModelConfig:
 
         Raises ValueError for a config that the family cannot say, such as a GPT-2 with rotary.
         """
-        from .families import write_config
+        from .config_json import write_config
 
         return write_config(self)
 

@@ -162,5 +162,6 @@ def load_encoder(
     quantised = Quantised.take(tensors, raw, config_file, model, locations)
     check_tensors(folder, tensors, locations, quantised.tensors)
     quantised.fill(model, locations, torch.device(device))
-    fill_parameters(model, read_tensors(tensors, locations, dtype, torch.device(device)), convert)
+    parameters = read_tensors(tensors, locations, dtype, device, lasting=convert is None)
+    fill_parameters(model, parameters, convert)
     return model.eval().requires_grad_(False)

@@ -6,7 +6,7 @@ in one, as `families.py` tables it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -30,16 +30,29 @@ class StoredTensor(NamedTuple):
     transposed: bool
     head_dim: int
 
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The canonical parameters in the stored tensor, as views where that can be."""
-        if self.transposed:
-            tensor = tensor.t()
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one canonical parameter as it stands."""
+        return len(self.parts) == 1 and not self.transposed
+
+    def split(
+        self,
+        tensor: Tensor,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The canonical parameters in the stored tensor, one after the other: contiguous copies,
+        each the only allocation made for it. None keeps the tensor's dtype or device."""
+        tensor = tensor.t() if self.transposed else tensor
         if self.head_dim:
-            by_head = tensor.unflatten(0, (-1, len(self.parts), self.head_dim))
-            pieces = [piece.flatten(0, 1) for piece in by_head.unbind(1)]
+            views = tensor.unflatten(0, (-1, len(self.parts), self.head_dim)).unbind(1)
         else:
-            pieces = tensor.split([shape[0] for shape in self.parts.values()])
-        return dict(zip(self.parts, pieces, strict=True))
+            views = tensor.split([shape[0] for shape in self.parts.values()])
+        for (name, shape), view in zip(self.parts.items(), views, strict=True):
+            copy = torch.empty(
+                view.shape, dtype=dtype or tensor.dtype, device=device or tensor.device
+            )
+            yield name, copy.copy_(view).view(shape)
 
     def join(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The stored tensor from the canonical parameters: `split` back."""
@@ -126,5 +139,5 @@ def from_checkpoint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[
                 f"from_checkpoint: {name} has shape {tuple(tensor.shape)}, expected "
                 f"{known[name].shape}"
             )
-        state |= known[name].split(tensor)
+        state.update(known[name].split(tensor))
     return state
