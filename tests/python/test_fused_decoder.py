@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -244,6 +245,14 @@ class TestStillAModel:
             fused(model, partial(run, model)),
             fused(other, partial(run, other)),
         )
+
+    def test_first_calls_by_many_threads(self):
+        expected = run(quantised())
+        for _ in range(5):
+            model = quantised()
+            with ThreadPoolExecutor(4) as threads:
+                results = list(threads.map(run, [model] * 8))
+            assert all(torch.equal(result, expected) for result in results)
 
     def test_modules_give_what_they_gave(self, device):
         model = quantised("w8a8_static", device, mlp_bias=True)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -47,6 +48,7 @@ _ACTIVATIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "gelu_tanh": partial(gelu_quant, approximate="tanh"),
     "relu": relu_quant,
 }
+_lock = threading.Lock()  # while a model's layers share out their weights
 
 
 def why_not_fused(model: CausalLM) -> str | None:
@@ -77,7 +79,26 @@ def why_not_fused(model: CausalLM) -> str | None:
     return None
 
 
-def log_choice(reason: str | None) -> None:
+def up_to_date(model: CausalLM) -> FusedDecoder | None:
+    """The model's fused layers, made anew where it has changed; None where it cannot be fused."""
+    fused = model._fused
+    if fused is not None and fused.is_current(model):
+        return fused
+    with _lock:
+        fused = model._fused
+        if fused is not None and fused.is_current(model):
+            return fused  # another thread's
+        model._fused = fused = None  # its memory is needed for the next
+        reason = why_not_fused(model)
+        if reason != model._why_not_fused:
+            _log_choice(reason)
+        model._why_not_fused = reason
+        if reason is None:
+            model._fused = FusedDecoder(model)
+        return model._fused
+
+
+def _log_choice(reason: str | None) -> None:
     """With FASTQ_LOG=dispatch: which path a model takes, and why."""
     if os.environ.get("FASTQ_LOG") == "dispatch":
         path = "fused" if reason is None else f"modules: {reason}"

@@ -266,20 +266,11 @@ class CausalLM(nn.Module):
             return None
         if type(self.model.layers[0].mlp.up_proj) is nn.Linear:
             return None  # a float model
-        fused, self._fused = self._fused, None
-        if fused is None and cache is not None and cache.length > 0:
+        if self._fused is None and cache is not None and cache.length > 0:
             return None
-        from .fused import FusedDecoder, log_choice, why_not_fused
+        from .fused import up_to_date
 
-        if fused is None or not fused.is_current(self):
-            fused = None  # its memory is needed for the next
-            reason = why_not_fused(self)
-            if reason != self._why_not_fused:
-                log_choice(reason)
-            self._why_not_fused = reason
-            fused = FusedDecoder(self) if reason is None else None
-        self._fused = fused
-        return fused
+        return up_to_date(self)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> CausalLM:
         self._fused = None  # whose weights would stay where they are
