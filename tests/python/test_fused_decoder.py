@@ -268,6 +268,14 @@ class TestStillAModel:
 
 
 class TestWhoAsksForModules:
+    def test_compiled(self):
+        model = quantised("w8a8_static", mlp_bias=True)
+        fused(model, partial(run, model))
+        with torch.no_grad():
+            actual = torch.compile(model, backend="eager")(IDS)
+        assert model._fused is not None  # a graph has no side effects
+        assert torch.equal(actual, by_modules(model, partial(run, model)))
+
     def test_hooks_are_called(self):
         model = quantised()
         fused(model, partial(run, model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import PackedWeight, int8_gemm, pack_weight
@@ -210,13 +211,18 @@ class Int8Linear(FrozenLinear):
         return with_input_gradient(self._product, x, weight, self.weight_scale, **options)
 
     def _product(self, x: Tensor) -> Tensor:
+        weight_scale, bias, columns = self.weight_scale, self.bias, None
         plain = self._buffers["weight"]
-        if self._packed_columns is not None:  # compiled, else it would have been packed anew
-            weight = self._plain_weight().t()
-        elif plain is None:
-            weight = PackedWeight(self._packed, self.in_features, self.out_features)
+        if plain is not None:
+            weight: Tensor | PackedWeight = plain.t()
         else:
-            weight = plain.t()
+            first, total = self._packed_columns or (0, self.out_features)
+            weight = PackedWeight(self._packed, self.in_features, total)
+            if total > self.out_features:  # compiled, else it would have been packed anew
+                columns = slice(first, first + self.out_features)
+                around = (first, total - columns.stop)
+                weight_scale = F.pad(weight_scale, around)
+                bias = None if bias is None else F.pad(bias, around)
         scale = self.input_scale
         if self.scheme == "w8a8_tensor":
             scale = _tensor_scale(x.detach(), self.smooth)
@@ -231,11 +237,13 @@ class Int8Linear(FrozenLinear):
             q,
             weight,
             s,
-            self.weight_scale,
-            bias=self.bias,
+            weight_scale,
+            bias=bias,
             b_is_constant=True,
             out_dtype=x.dtype,
         )
+        if columns is not None:
+            y = y[..., columns]
         return y if x.dim() > 1 else y[0]
 
     def pack(self) -> Int8Linear:
