@@ -160,7 +160,8 @@ def _config(model: nn.Module, source: str | Path | None, dtype: torch.dtype) -> 
 def _settle_head(model: nn.Module, config: dict[str, Any]) -> set[str]:
     """The parameters that are left out since the head is the embedding. Where the head is
     quantised, it is not: the config says so, then."""
-    if not config.get("tie_word_embeddings"):
+    own = getattr(model, "config", None)  # which knows what the file leaves to a default
+    if not getattr(own, "tie_word_embeddings", config.get("tie_word_embeddings")):
         return set()
     seen: dict[int, str] = {}
     tied = set()

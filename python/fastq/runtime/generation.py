@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -104,7 +105,8 @@ def generate_tokens(
     chooser = _Chooser(model, rows, sampling, _seeds(seed, len(rows)), max_new_tokens, stops)
     ended = set() if ended is None else ended
     capacity = longest + max_new_tokens
-    attempt = explained_out_of_memory(
+    explained = partial(
+        explained_out_of_memory,
         model.config,
         len(rows),
         capacity,
@@ -112,7 +114,7 @@ def generate_tokens(
         kv_cache=kv_cache,
         device=model.device,
     )
-    with attempt:
+    with explained():
         cache = new_cache(model, len(rows), capacity, kv_cache)
         logits = _prefill(model, rows, cache)
     if use_graph is None and max_new_tokens < FEWEST_STEPS:
@@ -121,9 +123,10 @@ def generate_tokens(
     for step in range(max_new_tokens):
         tokens = chooser.choose(logits, step, may_stop=step >= min_new_tokens)
         yield _fetch(tokens, logits if logprobs else None, stops, ended, step + 1 == max_new_tokens)
-        if len(ended) == len(rows):
+        if len(ended) == len(rows):  # all have after the last step
             return
-        logits = decode(tokens)
+        with explained():
+            logits = decode(tokens)
 
 
 def generate(

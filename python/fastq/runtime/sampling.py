@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_LEAST_TEMPERATURE = 1e-30  # float32 holds it
+
 
 @dataclass(frozen=True)
 class SamplingParameters:
@@ -73,7 +75,9 @@ def sample(
     SamplingParameters(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
-    ordered, index = logits.float().div(temperature).sort(-1, descending=True)
+    ordered, index = logits.float().sort(-1, descending=True)
+    # The largest becomes 0 first, so that no temperature makes it overflow.
+    ordered = (ordered - ordered[:, :1]) / max(temperature, _LEAST_TEMPERATURE)
     if top_k is not None:
         ordered, index = ordered[:, :top_k], index[:, :top_k]
     probability = ordered.softmax(-1)

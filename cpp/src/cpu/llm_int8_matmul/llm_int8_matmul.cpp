@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "core/float16.hpp"
 #include "core/integers.hpp"
@@ -80,31 +81,43 @@ QuantizeProblem quantize_problem(const LlmInt8MatmulProblem& p, int8_t* q, float
   return quantization;
 }
 
-// Magnitudes of a float format, as integers, that are outliers: from `first` to Inf.
+// Magnitudes of a float format, as integers, that are outliers: from `first` to Inf. Signed ones,
+// and a flag of their width: SSE2 compares no others.
 template <class Bits>
 struct Range {
   Bits first, inf;
-  bool holds(Bits bits) const {
-    const Bits magnitude = bits & static_cast<Bits>(static_cast<Bits>(~Bits{0}) >> 1);
-    return magnitude >= first && magnitude <= inf;
+  Bits holds(Bits bits) const {
+    const Bits magnitude = bits & std::numeric_limits<Bits>::max();
+    return (magnitude >= first) & (magnitude <= inf);
   }
 };
 
 // Of bfloat16 or float16: the first whose value reaches the threshold.
-Range<uint16_t> narrow_range(float threshold, DType dtype) {
+Range<int16_t> narrow_range(float threshold, DType dtype) {
   const bool is_bfloat16 = dtype == DType::kBFloat16;
-  const uint16_t inf = is_bfloat16 ? 0x7f80 : 0x7c00;
-  uint16_t low = 0, high = inf;
+  const int16_t inf = is_bfloat16 ? 0x7f80 : 0x7c00;
+  int16_t low = 0, high = inf;
   while (low < high) {
-    const auto middle = static_cast<uint16_t>((low + high) / 2);
-    const float value = is_bfloat16 ? bfloat16_to_float(middle) : float16_to_float(middle);
-    if (value >= threshold) {
+    const auto middle = static_cast<int16_t>((low + high) / 2);
+    const auto bits = static_cast<uint16_t>(middle);
+    if ((is_bfloat16 ? bfloat16_to_float(bits) : float16_to_float(bits)) >= threshold) {
       high = middle;
     } else {
-      low = static_cast<uint16_t>(middle + 1);
+      low = static_cast<int16_t>(middle + 1);
     }
   }
   return {low, inf};
+}
+
+template <class Bits>
+bool any_outlier(const Bits* x, int64_t stride, int64_t count, const Range<Bits> outliers) {
+  Bits any = 0;
+  if (stride == 1 && count == kWordBits) {
+    for (int64_t i = 0; i < kWordBits; ++i) any |= outliers.holds(x[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) any |= outliers.holds(x[i * stride]);
+  }
+  return any != 0;
 }
 
 // Adds a row's outliers to the mask. Few words have any: they alone are looked at bit by bit.
@@ -114,13 +127,7 @@ void mark_row(const Bits* x, int64_t stride, int64_t cols, const Range<Bits> out
   for (int64_t c = 0; c < cols; c += kWordBits) {
     const int64_t count = std::min(kWordBits, cols - c);
     const Bits* from = x + c * stride;
-    bool any = false;
-    if (stride == 1 && count == kWordBits) {
-      for (int64_t i = 0; i < kWordBits; ++i) any |= outliers.holds(from[i]);
-    } else {
-      for (int64_t i = 0; i < count; ++i) any |= outliers.holds(from[i * stride]);
-    }
-    if (!any) continue;
+    if (!any_outlier(from, stride, count, outliers)) continue;
     uint64_t word = 0;
     for (int64_t i = 0; i < count; ++i) {
       word |= static_cast<uint64_t>(outliers.holds(from[i * stride])) << i;
@@ -140,10 +147,10 @@ void mark_rows(const LlmInt8MatmulProblem& p, int64_t first, int64_t last, uint6
     }
   };
   if (x.dtype == DType::kFloat32) {
-    mark(Range<uint32_t>{float_bits(p.split.threshold), 0x7f800000u},
-         static_cast<const uint32_t*>(x.data));
+    mark(Range<int32_t>{static_cast<int32_t>(float_bits(p.split.threshold)), 0x7f800000},
+         static_cast<const int32_t*>(x.data));
   } else {
-    mark(narrow_range(p.split.threshold, x.dtype), static_cast<const uint16_t*>(x.data));
+    mark(narrow_range(p.split.threshold, x.dtype), static_cast<const int16_t*>(x.data));
   }
 }
 
