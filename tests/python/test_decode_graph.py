@@ -72,12 +72,16 @@ class TestGraph:
         cache = model.new_cache(1, 20)
         with torch.no_grad():
             logits = model(torch.tensor([[1, 2, 3]], device="cuda"), cache, last_only=True)[:, -1]
-        step = DecodeStep(model, cache)
+        step = DecodeStep(model, cache, FEWEST_STEPS)
         for _ in range(4):
             logits = step(logits.argmax(-1))
         assert step._graph is not None
         assert cache.length == 7
         assert cache.seqlens.tolist() == [7]
+        step = DecodeStep(model, cache, FEWEST_STEPS - 1)
+        for _ in range(2):
+            logits = step(logits.argmax(-1))
+        assert step._graph is None
 
     def test_two_at_once(self):
         """Each has its own graph and its own cache."""
@@ -94,7 +98,7 @@ class TestGraph:
         cache = model.new_cache(1, 6)
         tokens = torch.tensor([5], device="cuda")
         model(tokens[:, None], cache)
-        step = DecodeStep(model, cache, use_graph=True)
+        step = DecodeStep(model, cache, 8, use_graph=True)
         for _ in range(5):
             step(tokens)
         with pytest.raises(ValueError, match=r"room for 6 positions; 6 are taken"):
@@ -114,7 +118,7 @@ class TestGraph:
         cache = model.new_cache(2, 20)
         tokens = torch.tensor([5, 6], device="cuda")
         model(tokens[:, None], cache)
-        step = DecodeStep(model, cache, use_graph=True)
+        step = DecodeStep(model, cache, 8, use_graph=True)
         for _ in range(3):
             step(tokens)
         torch.cuda.set_sync_debug_mode("error")
@@ -131,7 +135,7 @@ class TestWithoutGraph:
         cache, other = model.new_cache(2, 12), model.new_cache(2, 12)
         with torch.no_grad():
             model(prompt, cache), model(prompt, other)
-            step = DecodeStep(model, cache, use_graph=False)
+            step = DecodeStep(model, cache, 8, use_graph=False)
             for tokens in torch.randint(VOCABULARY, (5, 2), device=device):
                 assert torch.equal(step(tokens), model(tokens[:, None], other)[:, -1])
 

@@ -21,6 +21,7 @@ from .model import CausalLM, check_room
 FEWEST_STEPS = 8
 
 
+@torch.no_grad()
 def why_no_graph(model: CausalLM, cache: KVCache) -> str | None:
     """What keeps a model's steps from a CUDA graph; None where nothing does."""
     if model.device.type != "cuda":
@@ -50,12 +51,18 @@ class DecodeStep:
     Args:
         model: the decoder.
         cache: holds the prompts.
-        use_graph: False runs every step without a graph; True raises where there can be none.
+        num_steps: how many will be asked for, at most.
+        use_graph: False runs every step without a graph; True raises where there can be none; None
+            takes one where there can be and it pays for so many steps.
 
     Raises NotImplementedError where `use_graph` cannot be had, with the reason.
     """
 
-    def __init__(self, model: CausalLM, cache: KVCache, *, use_graph: bool | None = None) -> None:
+    def __init__(
+        self, model: CausalLM, cache: KVCache, num_steps: int, *, use_graph: bool | None = None
+    ) -> None:
+        if use_graph is None and num_steps < FEWEST_STEPS:
+            use_graph = False
         reason = "use_graph is False" if use_graph is False else why_no_graph(model, cache)
         if use_graph and reason is not None:
             raise NotImplementedError(f"generate: no CUDA graph can be captured: {reason}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .decode_graph import FEWEST_STEPS, DecodeStep
+from .decode_graph import DecodeStep
 from .kv_cache import KVCache
 from .memory import explained_out_of_memory
 from .model import CausalLM
@@ -117,9 +117,7 @@ def generate_tokens(
     with explained():
         cache = new_cache(model, len(rows), capacity, kv_cache)
         logits = _prefill(model, rows, cache)
-    if use_graph is None and max_new_tokens < FEWEST_STEPS:
-        use_graph = False
-    decode = DecodeStep(model, cache, use_graph=use_graph)
+    decode = DecodeStep(model, cache, max_new_tokens - 1, use_graph=use_graph)
     for step in range(max_new_tokens):
         tokens = chooser.choose(logits, step, may_stop=step >= min_new_tokens)
         yield _fetch(tokens, logits if logprobs else None, stops, ended, step + 1 == max_new_tokens)
