@@ -112,7 +112,7 @@ def test_against_modules(device, case, scheme):
         return torch.cat(steps, dim=1)
 
     def greedy():
-        results = generate(model, RAGGED, max_new_tokens=16, stop_token_ids=())
+        results = generate(model, RAGGED, max_new_tokens=12, stop_token_ids=())
         return [result.ids for result in results]
 
     assert_close(fused(model, logits), by_modules(model, logits))
@@ -246,6 +246,16 @@ class TestStillAModel:
             fused(other, partial(run, other)),
         )
 
+    def test_fewer_layers(self):
+        model, other = quantised(), quantised()
+        fused(model, partial(run, model))
+        del model.model.layers[2]
+        expected = fused(model, partial(run, model))
+        fused(other, partial(run, other))
+        other.model.layers = other.model.layers[:2]
+        assert torch.equal(fused(other, partial(run, other)), expected)
+        assert_close(by_modules(model, partial(run, model)), expected)
+
     def test_first_calls_by_many_threads(self):
         expected = run(quantised())
         for _ in range(5):
@@ -359,6 +369,13 @@ class TestReasons:
     def test_an_mlp_without_a_fused_op(self):
         model = quantised(mlp_gated=False)
         assert "silu without a gate" in why_not_fused(model)
+
+    def test_norms_in_another_dtype(self):
+        model = quantised(dtype=torch.bfloat16)
+        model.model.layers[1].input_layernorm.float()
+        assert why_not_fused(model) == (
+            "model.layers.1.input_layernorm has no weight in the model's dtype, torch.bfloat16"
+        )
 
     def test_of_a_float_model(self):
         model = make_decoder()

@@ -67,10 +67,15 @@ def why_not_fused(model: CausalLM) -> str | None:
         name = f"model.layers.{index}"
         if type(layer) is not DecoderLayer:
             return f"{name} is a {type(layer).__name__}, expected a DecoderLayer"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            kind = type(getattr(layer, norm))
-            if kind not in (RMSNorm, nn.LayerNorm, type(None)):
-                return f"{name}.{norm} is a {kind.__name__}, expected a RMSNorm or LayerNorm"
+        for own in ("input_layernorm", "post_attention_layernorm"):
+            norm = getattr(layer, own)
+            if norm is None:
+                continue
+            if type(norm) not in (RMSNorm, nn.LayerNorm):
+                kind = type(norm).__name__
+                return f"{name}.{own} is a {kind}, expected a RMSNorm or LayerNorm"
+            if norm.weight is None or norm.weight.dtype != model.dtype:
+                return f"{name}.{own} has no weight in the model's dtype, {model.dtype}"
         for group in _groups(layer):
             linears = {f"{name}.{own}": layer.get_submodule(own) for own in group}
             reason = why_not_joint(linears)
@@ -142,7 +147,8 @@ class FusedDecoder:
 
     def __init__(self, model: CausalLM) -> None:
         self._layers = [FusedLayer(layer, model.config.activation) for layer in model.model.layers]
-        self._modules = [
+        self._modules = [(model.model._modules, "layers", model.model.layers)]
+        self._modules += [
             (module._modules, name, child)
             for module in model.model.layers.modules()
             for name, child in module._modules.items()
@@ -155,6 +161,7 @@ class FusedDecoder:
         return (
             _why_modules(model) is None
             and not any(self._hooks)
+            and len(model.model.layers) == len(self._layers)
             and all(modules.get(name) is child for modules, name, child in self._modules)
             and all(joint.is_current() for layer in self._layers for joint in layer.joints)
         )
