@@ -32,6 +32,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--scheme", choices=_SCHEMES, help="quantise the model first (default: as it is)"
     )
+    parser.add_argument(
+        "--modules",
+        action="store_true",
+        help="run a quantised model's layers module by module, not by the fused ops, to compare",
+    )
     add_kv_cache(parser)
     add_device(parser)
     add_json(parser)
@@ -39,12 +44,15 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
     from ..evaluation.speed import measure_speed
     from ..quantization import progress_bar
     from .models import load
 
     with progress_bar() as report:
         model = load(args, scheme=args.scheme)
+        model.use_fused = not args.modules
         done = 0
 
         def count(runs: int) -> None:
@@ -61,12 +69,15 @@ def run(args: argparse.Namespace) -> int:
             repeats=args.repeats,
             on_progress=count,
         )
+        with torch.no_grad():
+            is_fused = model.fused_decoder() is not None
     result = {
         "model": args.model,
         "scheme": args.scheme,
         "kv_cache": args.kv_cache,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "fused": is_fused,
         **asdict(speed),
     }
     if args.json:
@@ -78,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(result: dict[str, Any]) -> None:
     kinds = [result["dtype"], result["scheme"], result["kv_cache"] and "INT8 cache"]
+    kinds.append("fused" if result["fused"] else None)
     print(f"{result['model']} on {result['device']}, {', '.join(filter(None, kinds))}")
     print(
         f"{result['batch_size']} x {result['prompt_tokens']} tokens of prompt, "

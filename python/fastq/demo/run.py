@@ -191,7 +191,7 @@ def _measure(
         precision=precision,
         perplexity=math.exp(nats),
         weight_bytes=weight_bytes(model),
-        linear_weight_bytes=sum(weight_bytes(m) for m in linear),
+        linear_weight_bytes=weight_bytes(nn.ModuleList(linear)),  # parts of one weight together
         scored_tokens_per_second=(len(tokens) - 1) / scoring,
         generated_tokens_per_second=max_tokens / generating,
         sample=tokenizer.decode(generated[:end]),

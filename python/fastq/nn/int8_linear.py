@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import PackedWeight, int8_gemm, pack_weight
@@ -138,6 +139,8 @@ class Int8Linear(FrozenLinear):
         self.register_buffer("smooth", ones if smooth else None)
         # Set while weight is None. A buffer, so that it counts as memory.
         self.register_buffer("_packed", None, persistent=False)
+        # Where _packed is that of a JointLinear: this layer's first column in it, and their number.
+        self._packed_columns: tuple[int, int] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -208,11 +211,18 @@ class Int8Linear(FrozenLinear):
         return with_input_gradient(self._product, x, weight, self.weight_scale, **options)
 
     def _product(self, x: Tensor) -> Tensor:
+        weight_scale, bias, columns = self.weight_scale, self.bias, None
         plain = self._buffers["weight"]
-        if plain is None:
-            weight = PackedWeight(self._packed, self.in_features, self.out_features)
+        if plain is not None:
+            weight: Tensor | PackedWeight = plain.t()
         else:
-            weight = plain.t()
+            first, total = self._packed_columns or (0, self.out_features)
+            weight = PackedWeight(self._packed, self.in_features, total)
+            if total > self.out_features:  # compiled, else it would have been packed anew
+                columns = slice(first, first + self.out_features)
+                around = (first, total - columns.stop)
+                weight_scale = F.pad(weight_scale, around)
+                bias = None if bias is None else F.pad(bias, around)
         scale = self.input_scale
         if self.scheme == "w8a8_tensor":
             scale = _tensor_scale(x.detach(), self.smooth)
@@ -227,15 +237,19 @@ class Int8Linear(FrozenLinear):
             q,
             weight,
             s,
-            self.weight_scale,
-            bias=self.bias,
+            weight_scale,
+            bias=bias,
             b_is_constant=True,
             out_dtype=x.dtype,
         )
+        if columns is not None:
+            y = y[..., columns]
         return y if x.dim() > 1 else y[0]
 
     def pack(self) -> Int8Linear:
         """Packs a CPU weight now instead of at the first call; does nothing elsewhere."""
+        if self._packed_columns is not None:
+            self._unpack()
         weight = self._buffers["weight"]
         if weight is not None and weight.device.type == "cpu":
             # A tensor made in inference mode could not be used outside of it.
@@ -274,14 +288,15 @@ class Int8Linear(FrozenLinear):
 
     def _plain_weight(self) -> Tensor:
         # The packed form is opaque; a product with the identity reads it back, exactly.
-        packed = PackedWeight(self._packed, self.in_features, self.out_features)
+        first, total = self._packed_columns or (0, self.out_features)
+        packed = PackedWeight(self._packed, self.in_features, total)
         weight = torch.empty(self.out_features, self.in_features, dtype=torch.int8)
         for start in range(0, self.in_features, 1024):
             stop = min(start + 1024, self.in_features)
             rows = torch.zeros(stop - start, self.in_features, dtype=torch.int8)
             rows[:, start:stop] = torch.eye(stop - start, dtype=torch.int8)
             columns = int8_gemm(rows, packed, None, None, out_dtype=torch.int32)
-            weight[:, start:stop] = columns.t()
+            weight[:, start:stop] = columns[:, first : first + self.out_features].t()
         return weight
 
     def _unpack(self) -> None:
@@ -289,6 +304,7 @@ class Int8Linear(FrozenLinear):
             with torch.inference_mode(False), torch.no_grad():
                 self.weight = self._plain_weight()
         self._packed = None
+        self._packed_columns = None
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .decode_graph import DecodeStep
 from .kv_cache import KVCache
 from .memory import explained_out_of_memory
 from .model import CausalLM
@@ -60,6 +61,7 @@ def generate_tokens(
     stop_token_ids: Sequence[int] | None = None,
     logprobs: bool = False,
     kv_cache: str | None = None,
+    use_graph: bool | None = None,
     ended: set[int] | None = None,
 ) -> Iterator[Step]:
     """Yields a `Step` for each new token, until every sequence has ended.
@@ -83,11 +85,14 @@ def generate_tokens(
         logprobs: tell the log-probabilities of the tokens, under the model itself.
         kv_cache: "int8" stores keys and values in 8 bits, with a scale for each token and head;
             None in the model's dtype.
+        use_graph: whether decoding runs as a CUDA graph (see `DecodeStep`); None: where it can, the
+            model is quantised and on a GPU, and it pays.
         ended: a set which the caller may add indices of sequences to, to end them.
 
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, too many positions, or a number
             out of range.
+        NotImplementedError: a CUDA graph is asked for, but there can be none.
         torch.OutOfMemoryError: says what the cache takes and which batch or length would fit.
     """
     sampling = SamplingParameters(temperature, top_k, top_p, repetition_penalty)
@@ -112,13 +117,14 @@ def generate_tokens(
     with explained():
         cache = new_cache(model, len(rows), capacity, kv_cache)
         logits = _prefill(model, rows, cache)
+    decode = DecodeStep(model, cache, max_new_tokens - 1, use_graph=use_graph)
     for step in range(max_new_tokens):
         tokens = chooser.choose(logits, step, may_stop=step >= min_new_tokens)
         yield _fetch(tokens, logits if logprobs else None, stops, ended, step + 1 == max_new_tokens)
         if len(ended) == len(rows):  # all have after the last step
             return
         with explained():
-            logits = model(tokens[:, None], cache, last_only=True)[:, -1]
+            logits = decode(tokens)
 
 
 def generate(

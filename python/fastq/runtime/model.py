@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from .config import ModelConfig
 from .kv_cache import KVCache
 from .packing import Packing
 from .rotary import alibi_slopes, apply_rotary, rotary_table
+
+if TYPE_CHECKING:
+    from .fused import FusedDecoder
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -87,20 +91,25 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, state: ForwardState) -> Tensor:
+        projected = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(self.attend(*projected, state))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, state: ForwardState) -> Tensor:
+        """What o_proj takes, (batch, seqlen, heads * head_dim), of the projections' outputs, which
+        are alike."""
         query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim))  # (batch, seqlen, heads, head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            x.unflatten(-1, (-1, self.head_dim))  # (batch, seqlen, heads, head_dim)
+            for x in (query, key, value)
         )
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         rule = replace(self.rule, alibi_slopes=state.alibi_slopes)
         if state.cache is not None:
-            out = state.cache.attend(self.layer, query, key, value, rule, state.packing)
-            return self.o_proj(out.flatten(2))
+            return state.cache.attend(self.layer, query, key, value, rule, state.packing).flatten(2)
         if state.rotary is not None:
             query = apply_rotary(query, *state.rotary, interleaved=self.interleaved)
             key = apply_rotary(key, *state.rotary, interleaved=self.interleaved)
-        return self.o_proj(self_attention(query, key, value, rule, state.packing).flatten(2))
+        return self_attention(query, key, value, rule, state.packing).flatten(2)
 
 
 class MLP(nn.Module):
@@ -161,10 +170,14 @@ class Decoder(nn.Module):
         self.norm = make_norm(config)
 
     def forward(
-        self, input_ids: Tensor, cache: KVCache | None = None, packing: Packing | None = None
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        packing: Packing | None = None,
+        fused: FusedDecoder | None = None,
     ) -> Tensor:
         """Hidden states (batch, seqlen, hidden_size) of ids (batch, seqlen), or of a packing's
-        (1, total)."""
+        (1, total); `fused` computes the layers, else their modules do."""
         seqlen = input_ids.shape[1] if packing is None else packing.max_length
         if cache is not None:
             positions = cache.begin(seqlen, packing)
@@ -174,8 +187,11 @@ class Decoder(nn.Module):
             positions = torch.arange(seqlen, device=input_ids.device)[None]
         x = self.embed(input_ids, positions)
         state = self._forward_state(seqlen, x.device, cache, packing)
-        for layer in self.layers:
-            x = layer(x, state)
+        if fused is not None:
+            x = fused(x, state)
+        else:
+            for layer in self.layers:
+                x = layer(x, state)
         if cache is not None:
             cache.commit(seqlen)
         return self.norm(x)
@@ -203,11 +219,17 @@ class CausalLM(nn.Module):
 
     `model(input_ids, cache)` takes (batch, seqlen) int64 token ids and returns logits
     (batch, seqlen, vocab_size). With a cache, the ids continue what the cache holds.
+
+    A decoder in W8A8 runs on fastq's fused ops (`fused.py`) where `use_fused` is set, as it is from
+    the start, all its layers are quantised, and nothing asks for gradients, autocast or hooks.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.use_fused = True
+        self._fused: FusedDecoder | None = None
+        self._why_not_fused: str | None = "not known yet"
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.tie_weights()
@@ -233,6 +255,30 @@ class CausalLM(nn.Module):
         dtype = self.dtype if dtype is None else dtype
         return KVCache(self.config, batch_size, max_length, dtype=dtype, device=self.device)
 
+    def fused_decoder(self, cache: KVCache | None = None) -> FusedDecoder | None:
+        """What computes the layers as things stand; None: their modules do.
+
+        Whether the model can be fused is decided where sequences begin, and anew where it has
+        changed.
+        """
+        # A model is trained where the native library may not be built, with `runtime` by itself.
+        if "." not in __package__ or torch.compiler.is_compiling():
+            return None
+        if type(self.model.layers[0].mlp.up_proj) is nn.Linear:
+            return None  # a float model
+        if self._fused is None and cache is not None and cache.length > 0:
+            return None
+        from .fused import up_to_date
+
+        return up_to_date(self)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> CausalLM:
+        self._fused = None  # whose weights would stay where they are
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_fused": None}  # a copy has its own
+
     def forward(
         self,
         input_ids: Tensor,
@@ -255,11 +301,12 @@ class CausalLM(nn.Module):
         """
         _check_input(input_ids, cache)
         packing = make_packing(input_ids, cache, attention_mask)
-        _check_room(input_ids.shape[1] if packing is None else packing.max_length, cache, self)
+        check_room(input_ids.shape[1] if packing is None else packing.max_length, cache, self)
+        fused = self.fused_decoder(cache)
         if packing is None:
-            hidden = self.model(input_ids, cache)
+            hidden = self.model(input_ids, cache, None, fused)
             return self.lm_head(hidden[:, -1:] if last_only else hidden)
-        hidden = self.model(packing.pack(input_ids), cache, packing)
+        hidden = self.model(packing.pack(input_ids), cache, packing, fused)
         return self.lm_head(
             hidden[0, packing.last][:, None] if last_only else packing.unpack(hidden)
         )
@@ -299,7 +346,8 @@ def make_packing(
     return Packing(mask)
 
 
-def _check_room(seqlen: int, cache: KVCache | None, model: CausalLM) -> None:
+def check_room(seqlen: int, cache: KVCache | None, model: CausalLM) -> None:
+    """Raises ValueError where so many more tokens do not fit."""
     taken = 0 if cache is None else cache.length
     if cache is not None and taken + seqlen > cache.max_length:
         raise ValueError(
