@@ -45,13 +45,11 @@ def llm_int8_matmul(
         y = fma(x[m, k], v[n, k], y)        for the outliers k of row m, in ascending order
         out[m, n] = round_to(out_dtype, y + bias[n])
 
-    The integer sum is exact; all else is float32 in this order, each operation rounded once. So the
-    bits are the same on every device, and a row's do not depend on the batch it came in, nor on the
-    other rows' outliers. A NaN makes its row NaN, and so does an Inf where threshold is 0; else an
+    The integer sum is exact; all else is float32 in this order, each operation rounded once. So a
+    row's bits do not depend on the batch it came in, nor on the other rows' outliers. A NaN makes its row NaN, and so does an Inf where threshold is 0; else an
     Inf is an outlier.
 
-    Nothing is read back from the device, so a CUDA graph may be replayed with other outliers. CUDA
-    gathers the columns that hold any, 64 at the most; more are right, too, but slower.
+    Only on a CPU, so far.
 
     Args:
         x: float32, float16 or bfloat16 ``(..., M, K)``, any strides, K at most 131071. Leading
@@ -60,8 +58,7 @@ def llm_int8_matmul(
         sw: float32 scale of w's rows: a scalar, ``(N,)`` or ``(1, N)``.
         threshold: not negative; Inf leaves only Inf as an outlier.
         bias: ``(N,)`` or ``(1, N)``, float32 or of out's dtype.
-        outlier_columns: int32 ``(C,)``, ascending columns of w that are kept in float, too. On CUDA
-            they are read on the device only, and not checked.
+        outlier_columns: int32 ``(C,)``, ascending columns of w that are kept in float, too.
         outlier_weight: float32, float16 or bfloat16 ``(N, C)``, any strides: those columns. Both or
             neither; a column that holds no outlier is left as it is.
         outlier_count: int32, one element, to receive the number of x's columns with an outlier.
@@ -74,10 +71,10 @@ def llm_int8_matmul(
         ``(..., M, N)`` of ``out_dtype`` on x's device; ``out`` when given.
 
     Raises:
-        ValueError: a shape, a size, a threshold, an overlap, only one of the outlier tensors, on a
-            CPU also a column out of order or range, or a tensor that requires grad.
+        ValueError: a shape, a size, a threshold, an overlap, only one of the outlier tensors, a
+            column out of order or range, or a tensor that requires grad.
         TypeError: a dtype, a device, or not a tensor.
-        NotImplementedError: this build has no backend for the device.
+        NotImplementedError: x is not on a CPU.
 
     Source: LLM.int8() (Dettmers et al., 2022), where a column with one outlier is taken out of INT8
     for all rows; here each element is.

@@ -236,8 +236,7 @@ FASTQ_API fastq_status fastq_quantize_per_channel(const fastq_quantize_args* arg
  *   out[m,n] = round_to(out.dtype, y + bias[n])
  * each operation rounded to float32, so that a row has the same bits whatever batch it came in.
  *
- * Nothing is read on the host: a CUDA graph may be replayed with other outliers. CUDA gathers the
- * columns that hold any in its workspace, 64 at the most; more are right, too, but slower.
+ * Only on a CPU, so far; FASTQ_NOT_IMPLEMENTED elsewhere.
  *
  * Source: LLM.int8() (Dettmers et al., 2022).
  */

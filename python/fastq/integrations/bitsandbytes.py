@@ -28,8 +28,8 @@ class Linear8bitLt(nn.Linear):
     Differences: weight and bias are frozen in both forms (``requires_grad`` is False; a call where
     it is True raises), while x gets its gradient through the quantised weight. An outlier is an
     element of x and not all of its column; see :func:`fastq.llm_int8_matmul`. A weight is quantised
-    from its own dtype, not from float16. It works on CPUs, under ``torch.compile`` and in CUDA
-    graphs. There is no ``state``, and weight is a plain parameter.
+    from its own dtype, not from float16. It works under ``torch.compile``. There is no ``state``,
+    and weight is a plain parameter. A call runs on a CPU only, so far; a module may lie anywhere.
 
     Args:
         input_features: K.

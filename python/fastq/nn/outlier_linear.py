@@ -52,7 +52,7 @@ class OutlierLinear(FrozenLinear):
     all rounding is straight through.
 
     Where in_features is not a multiple of 16, the rows are held with padding between them, which
-    the CUDA kernels read faster. The state dict has none.
+    the CUDA kernels read faster. The state dict has none. A call runs on a CPU only, so far.
 
     Args:
         in_features: K.
