@@ -46,8 +46,8 @@ def llm_int8_matmul(
         out[m, n] = round_to(out_dtype, y + bias[n])
 
     The integer sum is exact; all else is float32 in this order, each operation rounded once. So a
-    row's bits do not depend on the batch it came in, nor on the other rows' outliers. A NaN makes its row NaN, and so does an Inf where threshold is 0; else an
-    Inf is an outlier.
+    row's bits do not depend on the batch it came in, nor on the other rows' outliers. A NaN makes
+    its row NaN, and so does an Inf where threshold is 0; else an Inf is an outlier.
 
     Only on a CPU, so far.
 
