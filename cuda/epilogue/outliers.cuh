@@ -16,11 +16,24 @@
 namespace fastq::cuda {
 
 struct OutlierParams {
+  int M, N, K;
   OutlierSplit split;
   const int8_t* b;
   int64_t stride_bk, stride_bn;
   VectorView scale_b;
 };
+
+// Of a product with outliers.
+inline OutlierParams outlier_params(const Int8GemmProblem& p) {
+  return {static_cast<int>(p.M),
+          static_cast<int>(p.N),
+          static_cast<int>(p.K),
+          *p.outliers,
+          p.b,
+          p.stride_bk,
+          p.stride_bn,
+          p.scale_b};
+}
 
 __device__ inline float load_float(const void* data, DType dtype, int64_t offset) {
   if (dtype == DType::kBFloat16) {
@@ -62,17 +75,28 @@ __device__ inline float outlier_weight(const OutlierParams& p, int64_t k, int64_
   return __fmul_rn(static_cast<float>(p.b[k * p.stride_bk + n * p.stride_bn]), scale);
 }
 
-__device__ inline int outlier_columns(const OutlierParams& p) {
-  return p.split.num_columns == nullptr ? 0 : *p.split.num_columns;
+// Columns are found in two halves: here the second begins, in words of 32. The halves' numbers are
+// num_columns[0] and [1], and each half's columns lie where it begins.
+__host__ __device__ inline int outlier_half(int K) { return (K / 32 + 1) / 2; }
+
+__device__ inline int outlier_column(const OutlierParams& p, int c) {
+  const int first = p.split.num_columns[0];
+  return p.split.columns[c < first ? c : 32 * outlier_half(p.K) + c - first];
 }
 
-// Of row m and columns n0 to n0 + 7. A call, as few products come here, and the others need the
-// registers.
-static __device__ __noinline__ void add_outliers(const OutlierParams& p, int count, int64_t m,
-                                                 int n0, int N, float (&y)[8]) {
+// How far the outliers of a tile have been dealt with.
+struct AddedOutliers {
+  int count = 0;           // columns that hold any
+  bool are_added = false;  // the sums are floats, to which the gathered columns' have been added
+};
+
+// In row m and columns n0 to n0 + 7, what has not been added: columns c and on. A call, as few
+// products come here, and the others need the registers.
+static __device__ __noinline__ void add_outliers(const OutlierParams& p, int c, int count,
+                                                 int64_t m, int n0, float (&y)[8]) {
   const OutlierSplit& split = p.split;
 #pragma unroll 1
-  for (int c = 0; c < count; ++c) {
+  for (; c < count; ++c) {
     if (c < split.capacity) {
       const float x = split.gathered_x[c * split.stride_gx + m];
       if (x == 0) continue;
@@ -81,12 +105,12 @@ static __device__ __noinline__ void add_outliers(const OutlierParams& p, int cou
       for (int i = 0; i < 8; ++i) y[i] = __fmaf_rn(x, v[i], y[i]);
       continue;
     }
-    const int64_t k = split.columns[c];
+    const int64_t k = outlier_column(p, c);
     const float x = outlier(split, m, k);
     if (x == 0) continue;
     const int64_t kept = kept_column(split, k);
 #pragma unroll 1
-    for (int i = 0; i < 8 && n0 + i < N; ++i) {
+    for (int i = 0; i < 8 && n0 + i < p.N; ++i) {
       y[i] = __fmaf_rn(x, outlier_weight(p, k, kept, n0 + i), y[i]);
     }
   }

@@ -53,9 +53,7 @@ inline OutputParams output_params(const Int8GemmProblem& p) {
   o.M = static_cast<int>(p.M), o.N = static_cast<int>(p.N);
   o.scale_a = p.scale_a, o.scale_b = p.scale_b, o.bias = p.bias;
   o.zero_point = p.zero_point, o.column_sums = p.column_sums;
-  if (p.outliers != nullptr) {
-    o.outliers = {*p.outliers, p.b, p.stride_bk, p.stride_bn, p.scale_b};
-  }
+  if (p.outliers != nullptr) o.outliers = outlier_params(p);
   o.residual = p.residual;
   o.out_scale = p.out_scale;
   o.out = p.out;
@@ -296,9 +294,16 @@ __device__ inline uint32_t narrow_pair(float x, float y, DType dtype) {
   return word;
 }
 
+// None of them added yet, once a kernel has gathered them.
+__device__ inline AddedOutliers gathered_outliers(const OutputParams& p) {
+  const int32_t* num_columns = p.outliers.split.num_columns;
+  return {num_columns == nullptr ? 0 : num_columns[0] + num_columns[1], false};
+}
+
 // Finishes row m, columns n0 to n0 + 7, of which `acc` holds the sums. m < M.
 __device__ inline void store_row(const OutputParams& p, const OutputColumns& c,
-                                 const OutputRow& row, int64_t m, int n0, int32_t (&acc)[8]) {
+                                 const OutputRow& row, int64_t m, int n0, int32_t (&acc)[8],
+                                 const AddedOutliers& outliers) {
   if (p.zero_point.data != nullptr) {
     // Not kept in registers: most products have none.
     const auto* sums = static_cast<const int32_t*>(p.column_sums.data);
@@ -311,9 +316,19 @@ __device__ inline void store_row(const OutputParams& p, const OutputColumns& c,
 
   float y[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) y[i] = scale_sum(acc[i], row.scale_a, c.scale_b[i]);
-  const int outliers = outlier_columns(p.outliers);
-  if (outliers > 0) add_outliers(p.outliers, outliers, m, n0, p.N, y);
+  for (int i = 0; i < 8; ++i) {
+    y[i] =
+        outliers.are_added ? __int_as_float(acc[i]) : scale_sum(acc[i], row.scale_a, c.scale_b[i]);
+  }
+  const int added = outliers.are_added ? p.outliers.split.capacity : 0;
+  if (outliers.count > added) {
+    float sums[8];  // the call's own: y is to stay in registers
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i] = y[i];
+    add_outliers(p.outliers, added, outliers.count, m, n0, sums);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) y[i] = sums[i];
+  }
 #pragma unroll
   for (int i = 0; i < 8; ++i) y[i] = __fadd_rn(y[i], c.bias[i]);
   if (p.activation != Activation::kNone) activate(p.activation, y);

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "core/error.hpp"
+#include "int8_gemm/gather_outliers.hpp"
 #include "int8_gemm/int8_gemm_config.hpp"
 #include "int8_gemm/int8_gemm_kernels.hpp"
 #include "int8_gemm/int8_gemm_tuning.hpp"
@@ -123,6 +124,7 @@ void int8_gemm(const Int8GemmProblem& p, Workspace& workspace) {
     space += choice.relayout_b_bytes;
   }
   launch.partial_sums = reinterpret_cast<int32_t*>(space);
+  if (p.outliers != nullptr && choice.config.family == KernelFamily::kSm80) gather_outliers(p);
   kernel->launch(launch);
 }
 

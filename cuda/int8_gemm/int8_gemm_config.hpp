@@ -53,6 +53,7 @@ struct GemmShape {
   bool b_is_constant = false;
   // Elements of `a` past K are zeros, up to a multiple of 16.
   bool a_is_padded = false;
+  bool has_outliers = false;
   // The output is scales, a bias and 16-bit floats, and TMA can store it: rows are contiguous, and
   // start and end at multiples of 16 bytes (a TMA store rounds the end of a row up to that, over
   // whatever lies behind it).
@@ -84,6 +85,7 @@ inline GemmShape gemm_shape(const Int8GemmProblem& p) {
   shape.b_is_vectorizable = readable(p.b, p.stride_bn, p.stride_bk, p.N);
   shape.b_is_constant = p.b_is_constant;
   shape.a_is_padded = p.a_is_padded;
+  shape.has_outliers = p.outliers != nullptr;
   const bool is_plain = p.zero_point.data == nullptr && p.activation == Activation::kNone &&
                         p.residual.data == nullptr && p.outliers == nullptr &&
                         element_size(p.out_dtype) == 2;
@@ -137,6 +139,7 @@ inline const char* config_problem(const GemmConfig& c, const GemmShape& s) {
   if (c.cluster_n) return "only ping-pong tiles come in pairs";
   if (c.split_k < 1 || c.split_k > 8) return "split_k is not 1 to 8";
   if (c.split_k > ceil_div(s.K, c.tile.tile_k)) return "K has fewer parts";
+  if (c.split_k > 1 && s.has_outliers) return "K is not split where there are outliers";
   if (c.blocks_per_sm != 1 && c.blocks_per_sm != 2) return "there are 1 or 2 blocks";
   if (c.blocks_per_sm == 2 && c.tile.tile_m * c.tile.tile_n > 64 * 64) {
     return "two blocks of this tile do not fit";
@@ -164,7 +167,7 @@ inline GemmConfig select_few_tokens_config(const GemmShape& s, const GemmDevice&
     const int64_t columns = ceil_div(s.N, 64), some = device.sm_count / 2;
     const int64_t tiles = ceil_div(s.M, tokens) * columns;
     const bool is_small = s.N * s.K <= int64_t{s.b_is_constant ? 26 : 20} << 20;
-    if (4 * tiles <= some && s.K >= 2048) {
+    if (4 * tiles <= some && s.K >= 2048 && !s.has_outliers) {
       config.split_k = 4;
     } else if (s.M > 64) {
       if (2 * ceil_div(s.M, 32) * columns <= 3 * some) {

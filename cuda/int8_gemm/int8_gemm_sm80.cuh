@@ -126,6 +126,7 @@ __device__ inline void sm80_write(const OutputParams& p, const Accumulators& acc
   const int n = threadIdx.x % kPerRow * kOutputColumns;
   OutputColumns columns;
   if (n0 + n < p.N) load_columns(p, n0 + n, columns);
+  const AddedOutliers outliers = gathered_outliers(p);
   auto coords = typename Traits::Mma{}
                     .get_slice(threadIdx.x)
                     .partition_C(make_identity_tensor(
@@ -155,7 +156,7 @@ __device__ inline void sm80_write(const OutputParams& p, const Accumulators& acc
       int32_t values[8];
       *reinterpret_cast<int4*>(values) = *reinterpret_cast<const int4*>(&sums[row][n]);
       *reinterpret_cast<int4*>(values + 4) = *reinterpret_cast<const int4*>(&sums[row][n + 4]);
-      store_row(p, columns, load_row(p, m), m, n0 + n, values);
+      store_row(p, columns, load_row(p, m), m, n0 + n, values, outliers);
     }
   }
 }

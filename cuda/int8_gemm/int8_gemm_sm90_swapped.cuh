@@ -22,15 +22,19 @@
 //   split-K    the blocks of a cluster share one tile, each with a part of K. Their int32 sums meet
 //              in distributed shared memory, where each block adds up and writes some of the
 //              tokens. The sums are exact, so the order does not matter.
+//   outliers   (llm_int8_matmul) the two producer warps that have no operands to bring gather those
+//              of a tile while it is multiplied.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <algorithm>
+#include <cstddef>
 
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 
+#include "int8_gemm/gather_outliers.cuh"
 #include "int8_gemm/int8_gemm_kernels.hpp"
 #include "int8_gemm/int8_gemm_sm90_swapped_output.cuh"
 #include "int8_gemm/int8_wgmma.cuh"
@@ -72,8 +76,8 @@ struct SwappedTraits {
   // beside this one's.
   static constexpr bool kIsNarrow = kBlocks == 1 && kTokens * kWarpgroups <= 64;
   // Together no more than the block starts with: 128 registers a thread, 80 or 168.
-  static constexpr int kConsumerRegisters = kIsNarrow ? (kWarpgroups == 1 ? 200 : 104) : 240;
-  static constexpr int kProducerRegisters = kIsNarrow && kWarpgroups == 1 ? 40 : 24;
+  static constexpr int kConsumerRegisters = kIsNarrow ? (kWarpgroups == 1 ? 192 : 96) : 232;
+  static constexpr int kProducerRegisters = kIsNarrow ? (kWarpgroups == 1 ? 64 : 48) : 40;
   static constexpr int kMaxStages = 32;
   // Tokens of sums written at a time, their rows padded against bank conflicts.
   static constexpr int kChunk = kTokens < 32 ? kTokens : kTokens % 32 == 0 ? 32 : 16;
@@ -88,24 +92,39 @@ struct SwappedTraits {
 
   // What lies behind the stages. Lines of 16-bit output take the place of the sums.
   struct Shared {
+    // Of a column with outliers: x, and the weight.
+    struct Outliers {
+      float x[kTokens], b[64 * kBlocks];
+    };
+    static constexpr int kStagingBytes =
+        std::max(kChunk * (64 + kPad) * 4, kLineBuffers * kLines * 128);
+    static constexpr int kOutliers = kStagingBytes / static_cast<int>(sizeof(Outliers));
     union Staging {
       int32_t sums[kChunk][64 + kPad];
       uint4 lines[kLineBuffers][kLines][8];
+      Outliers outliers[kOutliers];
     };
     alignas(16) Staging staging[kWarpgroups];
     alignas(16) OutputRow rows[kWarpgroups][kTokens];
     alignas(16) float scales[kWarpgroups][kTokens];  // theirs alone
     cutlass::arch::ClusterTransactionBarrier full[kMaxStages];
     cutlass::arch::ClusterBarrier empty[kMaxStages];
+    // The outliers' columns are found; a warpgroup's staging may take their elements, and has some.
+    cutlass::arch::ClusterBarrier found, drained[kWarpgroups], filled[kWarpgroups];
+    bool phase[kWarpgroups];  // of `filled`
+    FoundOutliers outliers;   // the last: it is there only where the product has any
   };
   // Split-K: the whole tile's sums take the stages' place.
   using SplitSums = int32_t[kTileM][kTileN + kPad];
 
   static constexpr int kSmemLimit = 227 * 1024;
   static int stage_bytes(int width) { return (kTileM + width) * kTileK; }
-  static int stages(int width, int blocks_per_sm) {
+  static int shared_bytes(bool has_outliers) {
+    return static_cast<int>(has_outliers ? sizeof(Shared) : offsetof(Shared, outliers));
+  }
+  static int stages(int width, int blocks_per_sm, bool has_outliers) {
     const int limit = blocks_per_sm == 2 ? 113 * 1024 : kSmemLimit;
-    return std::min<int>(kMaxStages, (limit - sizeof(Shared)) / stage_bytes(width));
+    return std::min(kMaxStages, (limit - shared_bytes(has_outliers)) / stage_bytes(width));
   }
 };
 
@@ -211,6 +230,76 @@ __device__ inline void swapped_produce(const SwappedParams& p, typename Traits::
   }
 }
 
+// What belongs to some columns with outliers, from `first` on, and to a warpgroup's tokens (kIsX)
+// or channels. By a warp; all loads are on their way before the first is looked at.
+template <class Traits, bool kIsX>
+__device__ inline void swapped_fill(const OutlierParams& p, const FoundOutliers& found, int first,
+                                    int count, int row0,
+                                    typename Traits::Shared::Outliers* outliers) {
+  constexpr int kRows = kIsX ? Traits::kTileM : 64 * Traits::kBlocks;
+  const int rows = min(kRows, (kIsX ? p.M : p.N) - row0);
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < rows; i += 32) {
+#pragma unroll 1
+    for (int c = 0; c < count; ++c) {
+      const uint32_t to = cute::cast_smem_ptr_to_uint(&(kIsX ? outliers[c].x : outliers[c].b)[i]);
+      const uintptr_t at = outlier_address<kIsX>(p, found, first + c, row0 + i);
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(word_of(at))
+                   : "memory");
+    }
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < rows; i += 32) {
+    const float scale = kIsX ? 0 : weight_scale(p, row0 + i);
+#pragma unroll 1
+    for (int c = 0; c < count; ++c) {
+      float& to = (kIsX ? outliers[c].x : outliers[c].b)[i];
+      const auto at = static_cast<uint32_t>(outlier_address<kIsX>(p, found, first + c, row0 + i));
+      to = outlier_value<kIsX>(p, found, first + c, at, __float_as_uint(to), scale);
+    }
+  }
+}
+
+// The outliers of all tiles, by the other two producer warps. A call: inlined, it gets more
+// registers than they have.
+template <class Traits>
+__device__ __noinline__ void swapped_gather(const SwappedParams& p,
+                                            typename Traits::Shared& shared) {
+  constexpr int kAtATime = Traits::Shared::kOutliers;
+  const OutlierParams& outliers = p.output.outliers;
+  find_outliers(outliers, shared.outliers, threadIdx.x / 32 % 2, [&] {
+    if (threadIdx.x % 32 == 0) shared.found.arrive();
+    shared.found.wait(0);
+  });
+  if (shared.outliers.total() == 0) return;
+  uint32_t phases = 0;  // of each warpgroup's barriers
+  int warpgroup = 0;
+#pragma unroll 1
+  for (SwappedTiles<Traits> tiles(p); tiles.has_tile();) {
+    const int2 origin = tiles.origin(), box = tiles.box(origin);
+    const int n0 = box.y + (Traits::kPingpong ? 0 : 64 * warpgroup);
+    const bool has_part = n0 < min(p.output.N, origin.y + p.width);
+    const int count = has_part ? min(shared.outliers.total(), kOutlierCapacity) : 0;
+#pragma unroll 1
+    for (int first = 0; first < count; first += kAtATime) {
+      shared.drained[warpgroup].wait(phases >> warpgroup & 1);
+      auto* const to = shared.staging[warpgroup].outliers;
+      const int some = min(kAtATime, count - first);
+      if (threadIdx.x % 64 < 32) {
+        swapped_fill<Traits, true>(outliers, shared.outliers, first, some, box.x, to);
+      } else {
+        swapped_fill<Traits, false>(outliers, shared.outliers, first, some, n0, to);
+      }
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) shared.filled[warpgroup].arrive();
+      phases ^= 1u << warpgroup;
+    }
+    if (++warpgroup == Traits::kConsumers / 128) warpgroup = 0;
+    if (Traits::kPingpong || warpgroup == 0) tiles.next();
+  }
+}
+
 // One tile's sums, accumulated over the ring. Calls all_issued() once the tensor cores have it all.
 template <class Traits, class AllIssued>
 __device__ inline void swapped_accumulate(const SwappedParams& p, typename Traits::Shared& shared,
@@ -308,16 +397,17 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
   RingPosition at{p.stages};
   // Ping-pong: a warpgroup begins when the other has issued its last product, as the ring's parity
   // tells apart no more than one turn. Barrier 3 + i says so to warpgroup i.
-  int turn = 0;
+  [[maybe_unused]] bool is_mine = warpgroup == 1;
   if (Traits::kPingpong && warpgroup == 1) NamedBarrier::arrive(256, 3);
-  const int outliers = outlier_columns(p.output.outliers);
-  const bool is_plain = p.output.is_plain && outliers <= p.output.outliers.split.capacity;
+  const bool has_outliers = p.output.outliers.split.masks != nullptr;
   for (SwappedTiles<Traits> tiles(p); tiles.has_tile(); tiles.next()) {
-    if (Traits::kPingpong && turn++ % 2 != warpgroup) {
-      at.skip(p.k_tiles);
-      continue;
-    }
-    if constexpr (!Traits::kPingpong) {
+    if constexpr (Traits::kPingpong) {
+      is_mine = !is_mine;
+      if (!is_mine) {
+        at.skip(p.k_tiles);
+        continue;
+      }
+    } else {
       if (p.split_k > 1) {
         swapped_split_tile<Traits>(p, tiles, stages_b, stages_a, shared, at, acc);
         continue;
@@ -336,11 +426,12 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
       if (m < p.output.M) rows[i] = load_row(p.output, m);
     }
     SwappedPlainColumns<Traits> columns;
-    if (is_plain) columns.load(p.output, n0, lane128);
+    if (p.output.is_plain) columns.load(p.output, n0, lane128);
 
     const SwappedPart part{box.x, n0, origin.x, origin.y, n_end, lane128, 1 + warpgroup};
     auto& staging = shared.staging[warpgroup];
     part.sync();  // the tile before has been written
+    if (has_outliers && n0 < n_end && lane128 == 0) shared.drained[warpgroup].arrive();
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (128 * i + lane128 >= Traits::kTileM) continue;
@@ -357,20 +448,37 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
                                });
 
     if (n0 >= n_end) continue;
-    if (!is_plain) {
-      swapped_write<Traits>(p.output, staging, shared.rows[warpgroup], part, acc);
-      continue;
-    }
     const float* scales = shared.scales[warpgroup];
-    if (outliers > 0) {
-      swapped_scale<Traits>(p.output, scales, part, columns, outliers, acc);
+    int outliers = 0;
+    if (has_outliers) {
+      shared.found.wait(0);
+      outliers = shared.outliers.total();
     }
-    if (p.output.dtype == DType::kBFloat16) {
+    const bool is_scaled = outliers > 0;
+    if (is_scaled) {
+      if (!p.output.is_plain) columns.load(p.output, n0, lane128);
+      swapped_scale<Traits>(scales, part, columns, acc);
+      constexpr int kAtATime = Traits::Shared::kOutliers;
+      const int count = min(outliers, kOutlierCapacity);
+      bool phase = shared.phase[warpgroup];
+#pragma unroll 1
+      for (int first = 0; first < count; first += kAtATime, phase = !phase) {
+        if (first > 0 && lane128 == 0) shared.drained[warpgroup].arrive();
+        shared.filled[warpgroup].wait(phase);
+        swapped_add_outliers<Traits>(staging, min(kAtATime, count - first), lane128, acc);
+        part.sync();
+      }
+      if (lane128 == 0) shared.phase[warpgroup] = phase;
+    }
+    if (!p.output.is_plain || outliers > kOutlierCapacity) {
+      swapped_write<Traits>(p.output, staging, shared.rows[warpgroup], part, {outliers, is_scaled},
+                            acc);
+    } else if (p.output.dtype == DType::kBFloat16) {
       swapped_write_plain<Traits, DType::kBFloat16>(p.output, staging, scales, part, columns,
-                                                    outliers > 0, acc);
+                                                    is_scaled, acc);
     } else {
       swapped_write_plain<Traits, DType::kFloat16>(p.output, staging, scales, part, columns,
-                                                   outliers > 0, acc);
+                                                   is_scaled, acc);
     }
   }
 }
@@ -389,6 +497,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kIsNarrow ? 2 : 1)
     for (int i = 0; i < p.stages; ++i) {
       shared.full[i].init(2);  // the two producers
       shared.empty[i].init(Traits::kPerTile * Traits::kCluster);
+    }
+    shared.found.init(2);  // the two warps that gather outliers
+    for (int i = 0; i < Traits::kConsumers / 128; ++i) {
+      shared.drained[i].init(1);
+      shared.filled[i].init(2);
+      shared.phase[i] = false;
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -416,6 +530,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kIsNarrow ? 2 : 1)
         shares ? swapped_produce<Traits, false, kShares>(p, shared, stages_a)
                : swapped_produce<Traits, false, false>(p, shared, stages_a);
       }
+    }
+    if (threadIdx.x % 128 >= 64 && p.output.outliers.split.masks != nullptr) {
+      swapped_gather<Traits>(p, shared);
     }
     __syncwarp();
     if (Traits::kCluster == 1 && p.split_k > 1) {
@@ -462,7 +579,8 @@ struct Sm90SwappedGemm {
     params.group = is_row_fastest ? 1 : 16 / kCluster;
     params.width = width;
     params.k_tiles = static_cast<int>(ceil_div(p.K, Traits::kTileK));
-    params.stages = Traits::stages(width, c.blocks_per_sm);
+    const bool has_outliers = p.outliers != nullptr;
+    params.stages = Traits::stages(width, c.blocks_per_sm, has_outliers);
     params.split_k = c.split_k;
     params.b_is_constant = launch.b_is_constant;
     params.output = output_params(p);
@@ -475,7 +593,7 @@ struct Sm90SwappedGemm {
         static_cast<unsigned>((c.split_k > 1 ? tiles : std::min(tiles, resident)) * cluster);
     config.blockDim = Traits::kThreads;
     config.dynamicSmemBytes =
-        params.stages * Traits::stage_bytes(width) + sizeof(typename Traits::Shared);
+        params.stages * Traits::stage_bytes(width) + Traits::shared_bytes(has_outliers);
     config.stream = launch.stream;
     cudaLaunchAttribute attributes[2] = {};
     attributes[0] = dependent_launch();

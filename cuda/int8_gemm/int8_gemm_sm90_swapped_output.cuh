@@ -40,6 +40,7 @@ template <class Traits>
 __device__ inline void swapped_write(const OutputParams& p,
                                      typename Traits::Shared::Staging& staging,
                                      const OutputRow* rows, const SwappedPart& part,
+                                     const AddedOutliers& outliers,
                                      const typename Traits::Sums& acc) {
   constexpr int kChunk = Traits::kChunk;
   constexpr int kChunks = Traits::kTileM / kChunk;
@@ -71,7 +72,7 @@ __device__ inline void swapped_write(const OutputParams& p,
       const int4* source = reinterpret_cast<const int4*>(&sums[row][in_block]);
       *reinterpret_cast<int4*>(values) = source[0];
       *reinterpret_cast<int4*>(values + 4) = source[1];
-      store_row(p, columns, rows[first + row], part.m0 + first + row, n, values);
+      store_row(p, columns, rows[first + row], part.m0 + first + row, n, values, outliers);
     }
   }
 }
@@ -123,44 +124,48 @@ __device__ inline void store_16_bytes(void* out, const uint4& words) {
                : "memory");
 }
 
-// The sums become floats, in place: scaled, and the outliers' part added (see
-// epilogue/outliers.cuh; the first `outliers` columns, all of them gathered).
+// The sums become floats, in place.
 template <class Traits>
-__device__ inline void swapped_scale(const OutputParams& p, const float* scales,
-                                     const SwappedPart& part,
-                                     const SwappedPlainColumns<Traits>& columns, int outliers,
+__device__ inline void swapped_scale(const float* scales, const SwappedPart& part,
+                                     const SwappedPlainColumns<Traits>& columns,
                                      typename Traits::Sums& acc) {
-  constexpr int kPairs = Traits::kTileM / 8;
-  const int lane = part.lane128 % 32, first = lane % 4 * 2;
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
+  for (int j = 0; j < Traits::kTileM / 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 4 * Traits::kBlocks; ++i) {
       uint32_t& sum = acc[i / 4][4 * j + i % 4];
-      sum = __float_as_uint(
-          scale_sum(sum, scales[8 * j + first + i % 2], columns.scale_b[i / 4][i % 4 / 2]));
+      const float scale = scales[8 * j + part.lane128 % 4 * 2 + i % 2];
+      sum = __float_as_uint(scale_sum(sum, scale, columns.scale_b[i / 4][i % 4 / 2]));
     }
   }
-  const OutlierSplit& split = p.outliers.split;
-  const float* x = split.gathered_x + part.m0 + first;
-  const float* v = split.gathered_b + part.n0 + part.lane128 / 32 * 16 + lane / 4;
+}
+
+// The first `count` columns with outliers in `staging` are added to what are floats by then; see
+// epilogue/outliers.cuh.
+template <class Traits>
+__device__ inline void swapped_add_outliers(const typename Traits::Shared::Staging& staging,
+                                            int count, int lane128, typename Traits::Sums& acc) {
+  const int lane = lane128 % 32;
 #pragma unroll 1
-  for (int c = 0; c < outliers; ++c, x += split.stride_gx, v += split.stride_gb) {
-    float its[Traits::kBlocks][2];
+  for (int c = 0; c < count; ++c) {
+    const auto& x = staging.outliers[c].x;
+    const auto& b = staging.outliers[c].b;
+    float v[Traits::kBlocks][2];
 #pragma unroll
     for (int i = 0; i < 2 * Traits::kBlocks; ++i) {
-      its[i / 2][i % 2] = v[i / 2 * Traits::kBlockStride + i % 2 * 8];
+      v[i / 2][i % 2] = b[i / 2 * 64 + lane128 / 32 * 16 + i % 2 * 8 + lane / 4];
     }
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
+    for (int j = 0; j < Traits::kTileM / 8; ++j) {
+      const float2 pair = *reinterpret_cast<const float2*>(&x[8 * j + lane % 4 * 2]);
 #pragma unroll
       for (int token = 0; token < 2; ++token) {
-        const float its_x = x[8 * j + token];
+        const float its_x = token == 0 ? pair.x : pair.y;
         if (its_x == 0) continue;
 #pragma unroll
         for (int i = 0; i < 2 * Traits::kBlocks; ++i) {
           uint32_t& y = acc[i / 2][4 * j + i % 2 * 2 + token];
-          y = __float_as_uint(__fmaf_rn(its_x, its[i / 2][i % 2], __uint_as_float(y)));
+          y = __float_as_uint(__fmaf_rn(its_x, v[i / 2][i % 2], __uint_as_float(y)));
         }
       }
     }
@@ -267,7 +272,7 @@ __device__ inline void swapped_reduce(const OutputParams& p, typename Traits::Sp
       values[0] += x.x, values[1] += x.y, values[2] += x.z, values[3] += x.w;
       values[4] += y.x, values[5] += y.y, values[6] += y.z, values[7] += y.w;
     }
-    store_row(p, columns, output_row, box.x + row, n, values);
+    store_row(p, columns, output_row, box.x + row, n, values, {});
   }
 }
 

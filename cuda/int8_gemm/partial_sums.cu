@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads)
     sums[0] += x.x, sums[1] += x.y, sums[2] += x.z, sums[3] += x.w;
     sums[4] += y.x, sums[5] += y.y, sums[6] += y.z, sums[7] += y.w;
   }
-  store_row(output, columns, row, m, n, sums);
+  store_row(output, columns, row, m, n, sums, gathered_outliers(output));
 }
 
 [[maybe_unused]] const bool registered = register_loader(

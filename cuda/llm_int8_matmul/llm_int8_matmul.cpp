@@ -5,8 +5,8 @@
 
 #include "core/error.hpp"
 #include "core/integers.hpp"
+#include "int8_gemm/gather_outliers.hpp"
 #include "int8_gemm/int8_gemm.hpp"
-#include "llm_int8_matmul/gather_outliers.hpp"
 #include "quantize/quantize.hpp"
 #include "runtime/device.hpp"
 
@@ -14,8 +14,8 @@ namespace fastq::cuda {
 namespace {
 
 // Up to as many rows have masks of their own: that saves a kernel that clears a common one, and
-// costs each block of the gathering kernel that many reads.
-constexpr int64_t kMaskRows = 32;
+// costs each block of the product that many reads.
+constexpr int64_t kMaskRows = 16;
 // A tile of the product may read as far behind the last row or column.
 constexpr int64_t kBehind = 256;
 
@@ -50,24 +50,21 @@ struct Call {
     // No comparison with NaN is true.
     quantize.threshold = has_outliers ? p.split.threshold : std::numeric_limits<float>::quiet_NaN();
     const bool has_masks = p.M <= kMaskRows;
-    gathered.mask_rows = has_masks ? static_cast<int>(p.M) : 1;
-    gathered.masks = parts.take<uint32_t>(gathered.mask_rows * mask_words(p.K));
-    quantize.outlier_mask = gathered.masks;
-    quantize.stride_mask = has_masks ? mask_words(p.K) : 0;
+    const int64_t words = mask_words(p.K), mask_rows = has_masks ? p.M : 1;
+    quantize.outlier_mask = parts.take<uint32_t>(mask_rows * words);
+    quantize.stride_mask = has_masks ? words : 0;
     quantize.device_index = p.device_index, quantize.stream = p.stream;
-    if (has_outliers) {
-      gathered.columns = parts.take<int32_t>(p.K);
-      gathered.num_columns = parts.take<int32_t>(1);
-      gathered.stride_x = round_up(p.M + kBehind, 4),
-      gathered.stride_b = round_up(p.N + kBehind, 4);
-      gathered.x = parts.take<float>(kOutlierCapacity * gathered.stride_x);
-      gathered.b = parts.take<float>(kOutlierCapacity * gathered.stride_b);
-      split = p.split;
-      split.columns = gathered.columns, split.num_columns = gathered.num_columns;
-      split.capacity = kOutlierCapacity;
-      split.gathered_x = gathered.x, split.stride_gx = gathered.stride_x;
-      split.gathered_b = gathered.b, split.stride_gb = gathered.stride_b;
-    }
+    if (!has_outliers) return;
+    split = p.split;
+    split.columns = parts.take<int32_t>(p.K + 32);
+    split.num_columns = parts.take<int32_t>(2);
+    split.capacity = kOutlierCapacity;
+    split.stride_gx = round_up(p.M + kBehind, 4), split.stride_gb = round_up(p.N + kBehind, 4);
+    split.gathered_x = parts.take<float>(kOutlierCapacity * split.stride_gx);
+    split.gathered_b = parts.take<float>(kOutlierCapacity * split.stride_gb);
+    split.masks = quantize.outlier_mask, split.mask_rows = static_cast<int>(mask_rows);
+    split.stride_mask = words;
+    split.outlier_count = p.outlier_count;
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
@@ -92,7 +89,6 @@ struct Call {
   Parts parts;
   bool has_outliers;
   QuantizeProblem quantize;
-  GatheredOutliers gathered{};
   OutlierSplit split;
 };
 
@@ -118,15 +114,18 @@ void llm_int8_matmul(const LlmInt8MatmulProblem& p, Workspace& workspace) {
   const DeviceGuard guard(p.device_index);
   const auto stream = static_cast<cudaStream_t>(p.stream);
   const Call call(p, data);
-  if (call.has_outliers) {
-    if (call.quantize.stride_mask == 0) clear_outlier_mask(p, call.gathered);
-  } else if (p.outlier_count != nullptr) {
+  if (!call.has_outliers && p.outlier_count != nullptr) {
     check(cudaMemsetAsync(p.outlier_count, 0, sizeof(int32_t), stream), "clearing outlier_count");
   }
   if (p.M == 0) return;
+  if (call.has_outliers && call.quantize.stride_mask == 0) {
+    clear_outlier_mask(call.quantize.outlier_mask, mask_words(p.K), p.device_index, p.stream);
+  }
   quantize(call.quantize);
-  if (call.has_outliers) gather_outliers(p, call.gathered);
-  if (p.N == 0) return;
+  if (p.N == 0) {
+    if (call.has_outliers) gather_outliers(call.product());
+    return;
+  }
   Workspace rest(data + call.parts.size(), size - call.parts.size(), nullptr, nullptr);
   int8_gemm(call.product(), rest);
 }

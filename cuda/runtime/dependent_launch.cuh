@@ -3,8 +3,7 @@
 //
 // Every kernel so launched waits before it touches global memory (but for the b of an int8_gemm
 // that is promised constant), and lets its successor start only then. So when a kernel starts,
-// whatever ran before its predecessor has finished. (llm_int8_matmul's gather lets the product start
-// before: what ran before the gather's own predecessor has finished then.) A launch without the attribute waits for
+// whatever ran before its predecessor has finished. A launch without the attribute waits for
 // everything, as ever. Code compiled for less than kDependentLaunchArch cannot wait, so it must be
 // launched without, wherever it runs.
 #pragma once

@@ -35,14 +35,20 @@ struct OutlierSplit {
   const int32_t* kept_columns = nullptr;
   int64_t stride_columns = 0, num_kept = 0;
   MatrixView kept;  // (num_kept, N)
-  // Columns of x that hold outliers, ascending, and how many; on the device.
-  const int32_t* columns = nullptr;
-  const int32_t* num_columns = nullptr;
+  // Columns of x that hold outliers, ascending, and how many; on the device. (CUDA: in two halves,
+  // see epilogue/outliers.cuh.)
+  int32_t *columns = nullptr, *num_columns = nullptr;
   // Of the first `capacity` of these columns, x, with zeros for what is no outlier, and the
   // weights: gathered_x[i * stride_gx + m], gathered_b[i * stride_gb + n].
   int capacity = 0;
-  const float *gathered_x = nullptr, *gathered_b = nullptr;
+  float *gathered_x = nullptr, *gathered_b = nullptr;
   int64_t stride_gx = 0, stride_gb = 0;
+  // CUDA, where the product finds them: QuantizeProblem's outlier_mask, `mask_rows` of them. The
+  // count is the caller's, and may be null.
+  const uint32_t* masks = nullptr;
+  int mask_rows = 0;
+  int64_t stride_mask = 0;
+  int32_t* outlier_count = nullptr;
 };
 
 struct Int8GemmProblem {

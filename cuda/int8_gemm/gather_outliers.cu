@@ -1,0 +1,84 @@
+#include "int8_gemm/gather_outliers.hpp"
+
+#include <algorithm>
+
+#include "int8_gemm/gather_outliers.cuh"
+#include "runtime/dependent_launch.cuh"
+#include "runtime/device.hpp"
+
+namespace fastq::cuda {
+namespace {
+
+constexpr int kThreads = 64;
+
+__global__ void clear_mask(uint32_t* mask, int words) {
+  wait_for_predecessor();
+  let_successor_start();
+  const int at = blockIdx.x * kThreads + threadIdx.x;
+  if (at < words) mask[at] = 0;
+}
+
+template <bool kIsX>
+__device__ inline void gather_rows(const OutlierParams& p, const FoundOutliers& found, int count,
+                                   int rows, float* to, int64_t stride) {
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < rows; row += step) {
+    const float scale = kIsX ? 0 : weight_scale(p, row);
+    for (int i = 0; i < count; ++i) {
+      const uintptr_t at = outlier_address<kIsX>(p, found, i, row);
+      to[i * stride + row] =
+          outlier_value<kIsX>(p, found, i, static_cast<uint32_t>(at), *word_of(at), scale);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ OutlierParams p) {
+  wait_for_predecessor();
+  let_successor_start();
+  __shared__ FoundOutliers found;
+  find_outliers(p, found, threadIdx.x / 32, [] { __syncthreads(); });
+  const int count = min(found.total(), kOutlierCapacity);
+  gather_rows<true>(p, found, count, p.M, p.split.gathered_x, p.split.stride_gx);
+  gather_rows<false>(p, found, count, p.N, p.split.gathered_b, p.split.stride_gb);
+}
+
+// By device: whether the kernels' code there can wait for its predecessor.
+bool launches_dependent[kMaxDevices] = {};
+
+[[maybe_unused]] const bool registered = register_loader([](const DeviceProps& device) {
+  load_kernel(reinterpret_cast<const void*>(&clear_mask));
+  const int arch = load_kernel(reinterpret_cast<const void*>(&gather_kernel));
+  launches_dependent[device.index] = arch >= kDependentLaunchArch;
+});
+
+template <class... Arguments>
+void launch(void (*kernel)(Arguments...), int64_t blocks, int device, void* stream,
+            const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = kThreads;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = dependent_launch();
+  config.attrs = &attribute;
+  config.numAttrs = launches_dependent[device] ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel for outliers");
+}
+
+}  // namespace
+
+int64_t mask_words(int64_t K) { return ceil_div(K, 32); }
+
+void clear_outlier_mask(uint32_t* mask, int64_t words, int device_index, void* stream) {
+  launch(&clear_mask, ceil_div(words, kThreads), device_index, stream, mask,
+         static_cast<int>(words));
+}
+
+void gather_outliers(const Int8GemmProblem& p) {
+  const OutlierParams params = outlier_params(p);
+  const int64_t blocks = ceil_div(p.M + p.N, kThreads);
+  const int sm_count = device_props(p.device_index).sm_count;
+  launch(&gather_kernel, std::clamp<int64_t>(blocks, 1, 4 * sm_count), p.device_index, p.stream,
+         params);
+}
+
+}  // namespace fastq::cuda
