@@ -98,10 +98,11 @@ const QuantizeKernel& choose(const QuantizeProblem& p, int most_blocks) {
 int threads_of_block(const QuantizeProblem& p, const QuantizeKernel& kernel, int sm_count,
                      int blocks) {
   const int64_t vectors = ceil_div(p.cols, kernel.vector * blocks);
-  const int64_t of_thread = p.norm != Norm::kNone    ? 4
-                            : p.rows >= 4 * sm_count ? 4
-                            : p.rows > sm_count      ? 2
-                                                     : 1;
+  const int64_t of_thread = p.norm != Norm::kNone     ? 4
+                            : p.rows >= 16 * sm_count ? std::max(kernel.in_registers, 4)
+                            : p.rows >= 4 * sm_count  ? 4
+                            : p.rows > sm_count       ? 2
+                                                      : 1;
   return static_cast<int>(
       std::clamp<int64_t>(ceil_div(vectors, 32 * of_thread) * 32, 32, kernel.max_threads));
 }
@@ -116,7 +117,8 @@ void launch(const QuantizeProblem& p) {
   const int64_t step = int64_t{threads} * kernel.vector;
   const int64_t all = kernel.in_registers > 0 ? 0 : ceil_div(p.cols, step) * step;
   const int64_t most = held_bytes(device) / static_cast<int64_t>(sizeof(float)) / step * step;
-  QuantizeParams params{p, static_cast<int>(std::min(all, most)),
+  QuantizeParams params{p, static_cast<int>(ceil_div(p.cols, step * blocks)),
+                        static_cast<int>(std::min(all, most)),
                         1 / static_cast<float>(std::max<int64_t>(p.cols, 1))};
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(p.rows * blocks);

@@ -17,7 +17,8 @@ constexpr int kMaxRowBlocks = 4;           // of a cluster, which has a row
 
 struct QuantizeParams {
   QuantizeProblem problem;
-  int held;  // columns in shared memory, a multiple of what a block reads at once
+  int vectors;  // of a row, that a thread has at the most, where it has them in registers
+  int held;     // columns in shared memory, a multiple of what a block reads at once
   float inverse_cols;
 };
 

@@ -1,0 +1,435 @@
+// Rows that lie in registers: each thread has every n-th vector of one, n the threads of its
+// blocks.
+//
+// Instructions bound these kernels before memory does, so they are counted here. What costs no more
+// than a conversion is made twice: a plain row is held as the words that memory has (half the
+// registers, so twice the elements in flight; extremes and outliers are found in pairs), all others
+// as float32.
+#pragma once
+
+#include "quantize/quantize_row.cuh"
+#include "quantize/row_reduction.cuh"
+
+namespace fastq::cuda {
+
+// What is done to all four words of a vector.
+template <class Function>
+__device__ inline void each_word(uint4& words, const Function& function) {
+  words.x = function(words.x, 0), words.y = function(words.y, 1);
+  words.z = function(words.z, 2), words.w = function(words.w, 3);
+}
+
+// A word as one float32 or as two smaller ones: what is below 0 becomes 0, a NaN stays.
+template <class T>
+__device__ inline uint32_t word_above_zero(uint32_t word) {
+  if constexpr (std::is_same_v<T, float>) {
+    return __float_as_uint(max_or_nan(__uint_as_float(word), 0.0f));
+  } else {
+    return word_of<T>(__hmax2_nan(pair_of<T>(word), pair_of<T>(0)));
+  }
+}
+
+// The largest magnitude in words, from the largest and the smallest number: Hopper has an
+// instruction for the extreme of three pairs, but none of these takes magnitudes.
+template <class T>
+class LargestOfWords {
+ public:
+  __device__ void take(uint4 words) {
+    each_word(words, [&](uint32_t word, int) {
+      if constexpr (std::is_same_v<T, float>) {
+        most_ = __float_as_uint(max_or_nan(value(), fabsf(__uint_as_float(word))));
+      } else {
+        most_ = word_of<T>(__hmax2_nan(pair_of<T>(most_), pair_of<T>(word)));
+        least_ = word_of<T>(__hmin2_nan(pair_of<T>(least_), pair_of<T>(word)));
+      }
+      return word;
+    });
+  }
+  __device__ float value() const {
+    if constexpr (std::is_same_v<T, float>) {
+      return __uint_as_float(most_);
+    } else {
+      const Pair<T> most = pair_of<T>(most_), least = pair_of<T>(least_);
+      return max_or_nan(max_or_nan(to_float(most.x), to_float(most.y)),
+                        max_or_nan(-to_float(least.x), -to_float(least.y)));
+    }
+  }
+
+ private:
+  uint32_t most_ = 0, least_ = 0;
+};
+
+// Takes the outliers out of a vector, and tells which they are by one bit each.
+template <class T>
+class OutlierFilter {
+ public:
+  // |x| >= threshold exactly where |x| is at least the next T that is not below it.
+  __device__ explicit OutlierFilter(float threshold) {
+    if constexpr (std::is_same_v<T, float>) {
+      threshold_ = __float_as_uint(threshold);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      threshold_ = word_of<T>(__half2half2(__float2half_ru(threshold)));
+    } else {
+      threshold_ = word_of<T>(__bfloat162bfloat162(__float2bfloat16_ru(threshold)));
+    }
+  }
+  __device__ uint32_t take(uint4& words) const {
+    uint32_t found = 0;
+    each_word(words, [&](uint32_t word, int i) {
+      if constexpr (std::is_same_v<T, float>) {
+        const bool is_outlier = fabsf(__uint_as_float(word)) >= __uint_as_float(threshold_);
+        found |= static_cast<uint32_t>(is_outlier) << i;
+        return is_outlier ? 0u : word;
+      } else {
+        const uint32_t outliers = __hge2_mask(__habs2(pair_of<T>(word)), pair_of<T>(threshold_));
+        found |= outliers & 0x00020001u << 2 * i;  // the high half's bit comes 16 too high
+        return word & ~outliers;
+      }
+    });
+    return (found | found >> 16) & 0xffu;
+  }
+
+ private:
+  uint32_t threshold_;
+};
+
+// A pointer that is worked out once: without this the compiler adds its parts up anew for each
+// load.
+template <class P>
+__device__ inline P* worked_out(P* pointer) {
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
+// Where a thread's vectors of a row lie. Those past the row's end are the last one once more: that
+// changes no extreme, and takes no instructions for zeros.
+template <class Traits>
+struct HeldVectors {
+  const int count, step, first, last;
+
+  __device__ HeldVectors(const QuantizeParams& params, const RowBlocks& blocks)
+      : count(params.vectors),
+        step(static_cast<int>(blocks.count * blockDim.x) * Traits::kVector),
+        first(static_cast<int>(blocks.rank * blockDim.x + threadIdx.x) * Traits::kVector),
+        last(static_cast<int>(params.problem.cols) - Traits::kVector) {}
+
+  __device__ bool is_there(int i) const { return i * step + first <= last; }
+
+  // visit(i, at), of each vector that some thread has.
+  template <class Visit>
+  __device__ void for_each(const Visit& visit) const {
+#pragma unroll
+    for (int i = 0; i < Traits::kInRegisters; ++i) {
+      if (i < count) visit(i, min(i * step + first, last));
+    }
+  }
+};
+
+// A row as memory has it, but for outliers and relu.
+template <class Traits>
+__device__ inline void quantize_words(const QuantizeParams& params, const RowBlocks& blocks,
+                                      RowExchange& exchange) {
+  using T = typename Traits::T;
+  constexpr int kVector = Traits::kVector;
+  const QuantizeProblem& p = params.problem;
+  const HeldVectors<Traits> vectors(params, blocks);
+  const T* const x = worked_out(static_cast<const T*>(p.x) + blocks.row * p.stride_xr);
+
+  RawVector<Traits> held[Traits::kInRegisters];
+  vectors.for_each([&](int i, int at) { held[i].load(x, 1, at, true); });
+  LargestOfWords<T> largest;
+  if constexpr (Traits::kSource == RowSource::kOutliers) {
+    const OutlierFilter<T> filter(p.threshold);
+    vectors.for_each([&](int i, int at) {
+      const uint32_t found = filter.take(held[i].words);
+      largest.take(held[i].words);
+      const bool is_there = vectors.is_there(i);
+      flag_outliers<Traits>(p, blocks.row, is_there ? at : vectors.last + kVector,
+                            is_there ? found : 0);
+    });
+    if (blocks.rank == 0 && p.cols + threadIdx.x < p.padded_cols) {
+      p.q[blocks.row * p.stride_qr + p.cols + threadIdx.x] = 0;
+    }
+  } else {
+    if (p.activation == Activation::kRelu) {
+      vectors.for_each([&](int i, int) {
+        each_word(held[i].words, [](uint32_t word, int) { return word_above_zero<T>(word); });
+      });
+    }
+    vectors.for_each([&](int i, int) { largest.take(held[i].words); });
+  }
+
+  const uint32_t absmax =
+      maximum_of_row(blocks, largest.value(), exchange.maxima[0], exchange.of_block[0]);
+  const float scale = symmetric_scale(absmax);
+  if (threadIdx.x == 0 && blocks.rank == 0) p.scale[blocks.row * p.stride_s] = scale;
+  int8_t* const q = worked_out(p.q + blocks.row * p.stride_qr);
+  if constexpr (sizeof(T) == 2) {
+    float factor = factor_of_halves<T>(__uint_as_float(absmax), scale);
+    if (absmax >= 0x7f800000u) {  // q = 0
+      vectors.for_each([&](int i, int) { held[i].words = make_uint4(0, 0, 0, 0); });
+      factor = 1;
+    }
+    if (!std::is_same_v<T, __half> || factor != 0) {
+      vectors.for_each([&](int i, int at) {
+        typename Traits::Floats y;
+        held[i].to_floats(y);
+        *reinterpret_cast<PackedBytes<kVector>*>(q + at) = rounded_products(y, factor);
+      });
+      return;
+    }
+  }
+  const RowScale exact = row_with_scale(scale);
+  vectors.for_each([&](int i, int at) {
+    typename Traits::Floats y;
+    held[i].to_floats(y);
+    store_quantized<RowRounding::kSymmetric, Traits>(y, exact, q, 1, at);
+  });
+}
+
+// A row as float32: a norm, an activation, or what options make of a plain one.
+template <class Traits>
+class HeldFloats {
+ public:
+  using T = typename Traits::T;
+  using Floats = typename Traits::Floats;
+  using Raw = RawVector<Traits>;
+  static constexpr int kVector = Traits::kVector, kVectors = Traits::kInRegisters;
+  static constexpr bool kHasOther = Traits::kIsNorm || Traits::kMultiplies;
+
+  __device__ HeldFloats(const QuantizeParams& params, const RowBlocks& blocks,
+                        RowExchange& exchange)
+      : params_(params),
+        p_(params.problem),
+        blocks_(blocks),
+        exchange_(exchange),
+        vectors_(params, blocks) {}
+
+  __device__ void quantize() {
+    begin();
+    int8_t* const q = worked_out(p_.q + blocks_.row * p_.stride_qr);
+    const bool writes_scale = threadIdx.x == 0 && blocks_.rank == 0;
+    if constexpr (Traits::kIsNorm) normalize();
+    if constexpr (Traits::kOptions) finish();
+    if (Traits::kOptions && p_.is_static) {
+      return store<RowRounding::kStatic>(q, static_scale(*p_.scale, p_.zero_point));
+    }
+    if (Traits::kOptions && p_.zero_point != nullptr) {
+      const auto [above, below] = extremes();
+      const RowScale scale = row_scale(above, below);
+      if (writes_scale) {
+        p_.scale[blocks_.row * p_.stride_s] = scale.scale;
+        p_.zero_point[blocks_.row * p_.stride_z] = scale.zero_point;
+      }
+      return store<RowRounding::kAsymmetric>(q, scale);
+    }
+    float largest = 0;
+    vectors_.for_each([&](int i, int) {
+#pragma unroll
+      for (const float x : y_[i]) largest = max_or_nan(largest, fabsf(x));
+    });
+    // An RMS norm's scale is left to the quantisation.
+    float absmax = __uint_as_float(
+        maximum_of_row(blocks_, largest, exchange_.maxima[0], exchange_.of_block[0]));
+    if constexpr (Traits::kSource == RowSource::kRms) absmax *= norm_scale_;
+    const float scale = symmetric_scale(__float_as_uint(absmax));
+    if (writes_scale) p_.scale[blocks_.row * p_.stride_s] = scale;
+    if constexpr (Traits::kExact) {
+      return store<RowRounding::kSymmetric>(q, row_with_scale(scale));
+    } else {
+      float factor = reciprocal(scale);
+      if constexpr (Traits::kSource == RowSource::kRms) factor *= norm_scale_;
+      if (__float_as_uint(absmax) >= 0x7f800000u) {  // q = 0
+        vectors_.for_each([&](int i, int) { clear(i); });
+        factor = 1;
+      }
+      vectors_.for_each([&](int i, int at) {
+        const PackedBytes<kVector> packed = rounded_products(y_[i], factor);
+        if (vectors_.is_there(i)) *reinterpret_cast<PackedBytes<kVector>*>(q + at) = packed;
+      });
+    }
+  }
+
+ private:
+  __device__ static const T* row_of(const void* data, int64_t offset) {
+    return data == nullptr ? nullptr : static_cast<const T*>(data) + offset;
+  }
+
+  // x, or the sum with the residual, written; activated; times up. All loads come first.
+  __device__ void begin() {
+    const T* const x = worked_out(row_of(p_.x, blocks_.row * p_.stride_xr));
+    const MatrixView& matrix = Traits::kIsNorm ? p_.residual : p_.up;
+    const T* const other = worked_out(row_of(matrix.data, blocks_.row * matrix.stride_m));
+    Raw raw[kVectors], others[kHasOther ? kVectors : 1];
+    vectors_.for_each([&](int i, int at) { raw[i].load(x, 1, at, true); });
+    if (kHasOther && other != nullptr) {
+      vectors_.for_each([&](int i, int at) { others[i].load(other, 1, at, true); });
+    }
+    if (Traits::kIsNorm && other != nullptr) {
+      T* const out = worked_out(static_cast<T*>(p_.residual_out) + blocks_.row * p_.stride_or);
+      vectors_.for_each([&](int i, int at) {
+        raw[i].add(others[i]);
+        // The last vector's residual, read once more, may have been written over.
+        if (vectors_.is_there(i)) {
+          raw[i].store(out, 1, at);
+        } else {
+          raw[i].clear();
+        }
+      });
+    }
+    const auto convert = [&](const auto& activate) {
+      vectors_.for_each([&](int i, int) {
+        raw[i].to_floats(y_[i]);
+#pragma unroll
+        for (float& y : y_[i]) y = activate(y);
+        if (!Traits::kMultiplies || other == nullptr) return;
+        Floats up;
+        others[kHasOther ? i : 0].to_floats(up);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) y_[i][j] = __fmul_rn(y_[i][j], up[j]);
+      });
+    };
+    if constexpr (Traits::kMultiplies) {
+      with_quantized_activation<Traits::kIsPlain>(p_.activation, convert);
+    } else {
+      convert([](float y) { return y; });
+    }
+  }
+
+  // From h to y; kRms leaves its scale.
+  __device__ void normalize() {
+    float sum = 0;
+    if (Traits::kSource == RowSource::kNorm && p_.norm == Norm::kLayer) {
+      sum = sum_of_elements([](float h, float sum) { return sum + h; });
+      sum = sum_of_row(blocks_, sum, exchange_.sums[0], exchange_.of_block[2]);
+      const float mean = sum * params_.inverse_cols;
+      sum = sum_of_elements([&](float& h, float sum) {
+        h -= mean;
+        return fmaf(h, h, sum);
+      });
+    } else {
+      sum = sum_of_elements([](float h, float sum) { return fmaf(h, h, sum); });
+    }
+    if (Traits::kSource == RowSource::kRms) weigh(1);  // while others still sum
+    sum = sum_of_row(blocks_, sum, exchange_.sums[1], exchange_.of_block[3]);
+    norm_scale_ = rsqrtf(sum * params_.inverse_cols + p_.eps);
+    if (Traits::kSource == RowSource::kNorm) weigh(norm_scale_);
+    if (Traits::kSource == RowSource::kNorm && p_.residual.data != nullptr) {
+      vectors_.for_each([&](int i, int) {
+        if (!vectors_.is_there(i)) clear(i);
+      });
+    }
+  }
+
+  // add(element, sum), which may change the element.
+  template <class Add>
+  __device__ float sum_of_elements(const Add& add) {
+    float sum = 0;
+    vectors_.for_each([&](int i, int) {
+      float of_vector = 0;
+#pragma unroll
+      for (float& h : y_[i]) of_vector = add(h, of_vector);
+      sum += vectors_.is_there(i) ? of_vector : 0;
+    });
+    return sum;
+  }
+
+  // y * weight * scale + bias.
+  __device__ void weigh(float scale) {
+    const auto is_usual = [](const VectorView& v) {
+      return v.data != nullptr && (std::is_same_v<T, float> || v.dtype != DType::kFloat32);
+    };
+    const bool has_usual_bias = Traits::kSource == RowSource::kRms || is_usual(p_.bias);
+    if (is_usual(p_.weight) && has_usual_bias) {
+      weigh<true>(scale);
+    } else {
+      weigh<false>(scale);
+    }
+  }
+  // kIsUsual: both are there, and in x's dtype.
+  template <bool kIsUsual>
+  __device__ void weigh(float scale) {
+    const bool has_weight = kIsUsual || p_.weight.data != nullptr;
+    vectors_.for_each([&](int i, int at) {
+      Floats weight, bias;
+      if (has_weight) load_columns<Traits, kIsUsual>(p_.weight, at, true, weight);
+      if constexpr (Traits::kSource == RowSource::kRms) {
+        if (!has_weight) return;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) y_[i][j] *= weight[j];
+        return;
+      }
+      const bool has_bias = kIsUsual || p_.bias.data != nullptr;
+      if (has_bias) load_columns<Traits, kIsUsual>(p_.bias, at, true, bias);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        y_[i][j] = fmaf(y_[i][j], has_weight ? weight[j] * scale : scale, has_bias ? bias[j] : 0);
+      }
+    });
+  }
+
+  // smooth and rotation.
+  __device__ void finish() {
+    if (p_.smooth.data != nullptr) {
+      vectors_.for_each([&](int i, int at) {
+        Floats smooth;
+        load_columns<Traits>(p_.smooth, at, true, smooth);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) y_[i][j] = __fmul_rn(y_[i][j], reciprocal(smooth[j]));
+      });
+    }
+    if (p_.rotation != 0) {
+      vectors_.for_each([&](int i, int) {
+        // Groups end with the row: those past it are all zeros.
+        if (!vectors_.is_there(i)) clear(i);
+        rotate(y_[i], p_.rotation);
+      });
+    }
+  }
+
+  struct Bits {
+    uint32_t above, below;
+  };
+  __device__ Bits extremes() {
+    float above = 0, below = 0;
+    vectors_.for_each([&](int i, int) {
+#pragma unroll
+      for (const float x : y_[i]) above = max_or_nan(above, x), below = max_or_nan(below, -x);
+    });
+    return {maximum_of_row(blocks_, above, exchange_.maxima[0], exchange_.of_block[0]),
+            maximum_of_row(blocks_, below, exchange_.maxima[1], exchange_.of_block[1])};
+  }
+
+  __device__ void clear(int i) {
+#pragma unroll
+    for (float& y : y_[i]) y = 0;
+  }
+
+  template <RowRounding kRounding>
+  __device__ void store(int8_t* q, const RowScale& scale) {
+    vectors_.for_each([&](int i, int at) {
+      if (vectors_.is_there(i)) store_quantized<kRounding, Traits>(y_[i], scale, q, 1, at);
+    });
+  }
+
+  const QuantizeParams& params_;
+  const QuantizeProblem& p_;
+  const RowBlocks& blocks_;
+  RowExchange& exchange_;
+  const HeldVectors<Traits> vectors_;
+  float norm_scale_ = 1;
+  Floats y_[kVectors];
+};
+
+template <class Traits>
+__device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks) {
+  __shared__ RowExchange exchange;
+  if constexpr (Traits::kHoldsWords) {
+    quantize_words<Traits>(params, blocks, exchange);
+  } else {
+    HeldFloats<Traits>(params, blocks, exchange).quantize();
+  }
+}
+
+}  // namespace fastq::cuda
