@@ -12,6 +12,12 @@
 
 namespace fastq::cuda {
 
+// Whether a vector along the columns is there, and in x's dtype.
+template <class T>
+__device__ inline bool is_usual(const VectorView& v) {
+  return v.data != nullptr && (std::is_same_v<T, float> || v.dtype != DType::kFloat32);
+}
+
 // What is done to all four words of a vector.
 template <class Function>
 __device__ inline void each_word(uint4& words, const Function& function) {
@@ -102,10 +108,13 @@ __device__ inline P* worked_out(P* pointer) {
   return pointer;
 }
 
-// Where a thread's vectors of a row lie. Those past the row's end are the last one once more: that
-// changes no extreme, and takes no instructions for zeros.
-template <class Traits>
+// Where a thread's vectors of a row lie. kIsFull: all threads have as many as fit, so that nothing
+// is asked (and a norm's weight and bias are the usual ones). Else where one has fewer than others
+// its first is done once more, and in a thread without any the row's last: that changes no extreme,
+// and is written as it is; but sums leave it out.
+template <class Traits, bool kIsFull>
 struct HeldVectors {
+  static constexpr int kVectors = Traits::kInRegisters;
   const int count, step, first, last;
 
   __device__ HeldVectors(const QuantizeParams& params, const RowBlocks& blocks)
@@ -114,26 +123,33 @@ struct HeldVectors {
         first(static_cast<int>(blocks.rank * blockDim.x + threadIdx.x) * Traits::kVector),
         last(static_cast<int>(params.problem.cols) - Traits::kVector) {}
 
-  __device__ bool is_there(int i) const { return i * step + first <= last; }
+  __device__ bool is_any(int i) const { return kIsFull || i < count; }  // in any thread
+  __device__ bool is_there(int i) const { return kIsFull || i * step + first <= last; }
+  __device__ int at(int i) const { return is_there(i) ? i * step + first : i == 0 ? last : first; }
 
   // visit(i, at), of each vector that some thread has.
   template <class Visit>
   __device__ void for_each(const Visit& visit) const {
 #pragma unroll
-    for (int i = 0; i < Traits::kInRegisters; ++i) {
-      if (i < count) visit(i, min(i * step + first, last));
+    for (int i = 0; i < kVectors; ++i) {
+      if (is_any(i)) visit(i, at(i));
     }
+  }
+
+  // The q of a row with a NaN or an Inf.
+  __device__ void store_zeros(int8_t* q) const {
+    for_each([&](int, int at) { *reinterpret_cast<PackedBytes<Traits::kVector>*>(q + at) = {}; });
   }
 };
 
 // A row as memory has it, but for outliers and relu.
-template <class Traits>
+template <class Traits, bool kIsFull>
 __device__ inline void quantize_words(const QuantizeParams& params, const RowBlocks& blocks,
                                       RowExchange& exchange) {
   using T = typename Traits::T;
   constexpr int kVector = Traits::kVector;
   const QuantizeProblem& p = params.problem;
-  const HeldVectors<Traits> vectors(params, blocks);
+  const HeldVectors<Traits, kIsFull> vectors(params, blocks);
   const T* const x = worked_out(static_cast<const T*>(p.x) + blocks.row * p.stride_xr);
 
   RawVector<Traits> held[Traits::kInRegisters];
@@ -166,11 +182,8 @@ __device__ inline void quantize_words(const QuantizeParams& params, const RowBlo
   if (threadIdx.x == 0 && blocks.rank == 0) p.scale[blocks.row * p.stride_s] = scale;
   int8_t* const q = worked_out(p.q + blocks.row * p.stride_qr);
   if constexpr (sizeof(T) == 2) {
-    float factor = factor_of_halves<T>(__uint_as_float(absmax), scale);
-    if (absmax >= 0x7f800000u) {  // q = 0
-      vectors.for_each([&](int i, int) { held[i].words = make_uint4(0, 0, 0, 0); });
-      factor = 1;
-    }
+    if (absmax >= 0x7f800000u) return vectors.store_zeros(q);
+    const float factor = factor_of_halves<T>(__uint_as_float(absmax), scale);
     if (!std::is_same_v<T, __half> || factor != 0) {
       vectors.for_each([&](int i, int at) {
         typename Traits::Floats y;
@@ -189,7 +202,7 @@ __device__ inline void quantize_words(const QuantizeParams& params, const RowBlo
 }
 
 // A row as float32: a norm, an activation, or what options make of a plain one.
-template <class Traits>
+template <class Traits, bool kIsFull>
 class HeldFloats {
  public:
   using T = typename Traits::T;
@@ -238,52 +251,48 @@ class HeldFloats {
     if constexpr (Traits::kExact) {
       return store<RowRounding::kSymmetric>(q, row_with_scale(scale));
     } else {
+      if (__float_as_uint(absmax) >= 0x7f800000u) return vectors_.store_zeros(q);
       float factor = reciprocal(scale);
       if constexpr (Traits::kSource == RowSource::kRms) factor *= norm_scale_;
-      if (__float_as_uint(absmax) >= 0x7f800000u) {  // q = 0
-        vectors_.for_each([&](int i, int) { clear(i); });
-        factor = 1;
-      }
       vectors_.for_each([&](int i, int at) {
-        const PackedBytes<kVector> packed = rounded_products(y_[i], factor);
-        if (vectors_.is_there(i)) *reinterpret_cast<PackedBytes<kVector>*>(q + at) = packed;
+        *reinterpret_cast<PackedBytes<kVector>*>(q + at) = rounded_products(y_[i], factor);
       });
     }
   }
 
  private:
-  __device__ static const T* row_of(const void* data, int64_t offset) {
-    return data == nullptr ? nullptr : static_cast<const T*>(data) + offset;
-  }
-
   // x, or the sum with the residual, written; activated; times up. All loads come first.
   __device__ void begin() {
-    const T* const x = worked_out(row_of(p_.x, blocks_.row * p_.stride_xr));
+    const auto row_of = [&](const void* data, int64_t stride) {
+      return worked_out(static_cast<const T*>(data) + blocks_.row * stride);
+    };
     const MatrixView& matrix = Traits::kIsNorm ? p_.residual : p_.up;
-    const T* const other = worked_out(row_of(matrix.data, blocks_.row * matrix.stride_m));
+    const bool has_other = kHasOther && matrix.data != nullptr;
     Raw raw[kVectors], others[kHasOther ? kVectors : 1];
-    vectors_.for_each([&](int i, int at) { raw[i].load(x, 1, at, true); });
-    if (kHasOther && other != nullptr) {
-      vectors_.for_each([&](int i, int at) { others[i].load(other, 1, at, true); });
-    }
-    if (Traits::kIsNorm && other != nullptr) {
-      T* const out = worked_out(static_cast<T*>(p_.residual_out) + blocks_.row * p_.stride_or);
+    const auto load = [&](Raw* to, const T* from) {
+      vectors_.for_each([&](int i, int at) { to[i].load(from, 1, at, true); });
+    };
+    load(raw, row_of(p_.x, p_.stride_xr));
+    if (has_other) load(others, row_of(matrix.data, matrix.stride_m));
+    if (Traits::kIsNorm && has_other) {
+      // The residual may be written in place. Only lanes of the same warp have copies of a vector
+      // that is not their own: of a row with less than one a lane, which has one warp.
+      __syncwarp();
+      T* const out = const_cast<T*>(row_of(p_.residual_out, p_.stride_or));
       vectors_.for_each([&](int i, int at) {
         raw[i].add(others[i]);
-        // The last vector's residual, read once more, may have been written over.
-        if (vectors_.is_there(i)) {
-          raw[i].store(out, 1, at);
-        } else {
-          raw[i].clear();
-        }
+        raw[i].store(out, 1, at);
       });
+    }
+    if (Traits::kSource == RowSource::kRms && (kIsFull || is_usual<T>(p_.weight))) {
+      load(weights_, static_cast<const T*>(p_.weight.data));
     }
     const auto convert = [&](const auto& activate) {
       vectors_.for_each([&](int i, int) {
         raw[i].to_floats(y_[i]);
 #pragma unroll
         for (float& y : y_[i]) y = activate(y);
-        if (!Traits::kMultiplies || other == nullptr) return;
+        if (!Traits::kMultiplies || !has_other) return;
         Floats up;
         others[kHasOther ? i : 0].to_floats(up);
 #pragma unroll
@@ -299,8 +308,13 @@ class HeldFloats {
 
   // From h to y; kRms leaves its scale.
   __device__ void normalize() {
+    constexpr bool kIsRms = Traits::kSource == RowSource::kRms;
+    const bool are_usual = kIsFull || (!kIsRms && vectors_.is_any(0) && is_usual<T>(p_.weight) &&
+                                       is_usual<T>(p_.bias));
+    Columns columns;  // on their way while others still sum
+    if (!kIsRms && are_usual) columns = load_columns_of(0);
     float sum = 0;
-    if (Traits::kSource == RowSource::kNorm && p_.norm == Norm::kLayer) {
+    if (!kIsRms && p_.norm == Norm::kLayer) {
       sum = sum_of_elements([](float h, float sum) { return sum + h; });
       sum = sum_of_row(blocks_, sum, exchange_.sums[0], exchange_.of_block[2]);
       const float mean = sum * params_.inverse_cols;
@@ -311,14 +325,22 @@ class HeldFloats {
     } else {
       sum = sum_of_elements([](float h, float sum) { return fmaf(h, h, sum); });
     }
-    if (Traits::kSource == RowSource::kRms) weigh(1);  // while others still sum
+    if (kIsRms) weigh();
     sum = sum_of_row(blocks_, sum, exchange_.sums[1], exchange_.of_block[3]);
     norm_scale_ = rsqrtf(sum * params_.inverse_cols + p_.eps);
-    if (Traits::kSource == RowSource::kNorm) weigh(norm_scale_);
-    if (Traits::kSource == RowSource::kNorm && p_.residual.data != nullptr) {
+    if (kIsRms) return;
+    if (are_usual) {
       vectors_.for_each([&](int i, int) {
-        if (!vectors_.is_there(i)) clear(i);
+        Floats weight, bias;
+        columns.weight.to_floats(weight), columns.bias.to_floats(bias);
+        if (i + 1 < kVectors && vectors_.is_any(i + 1)) columns = load_columns_of(i + 1);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          y_[i][j] = fmaf(y_[i][j], weight[j] * norm_scale_, bias[j]);
+        }
       });
+    } else {
+      weigh_and_add();
     }
   }
 
@@ -335,36 +357,52 @@ class HeldFloats {
     return sum;
   }
 
-  // y * weight * scale + bias.
-  __device__ void weigh(float scale) {
-    const auto is_usual = [](const VectorView& v) {
-      return v.data != nullptr && (std::is_same_v<T, float> || v.dtype != DType::kFloat32);
-    };
-    const bool has_usual_bias = Traits::kSource == RowSource::kRms || is_usual(p_.bias);
-    if (is_usual(p_.weight) && has_usual_bias) {
-      weigh<true>(scale);
-    } else {
-      weigh<false>(scale);
-    }
+  // Of weight and bias where both are usual.
+  struct Columns {
+    Raw weight, bias;
+  };
+  __device__ Columns load_columns_of(int i) const {
+    const int at = vectors_.at(i);
+    Columns its;
+    its.weight.template load<true>(p_.weight.data, 1, at, true);
+    its.bias.template load<true>(p_.bias.data, 1, at, true);
+    return its;
   }
-  // kIsUsual: both are there, and in x's dtype.
-  template <bool kIsUsual>
-  __device__ void weigh(float scale) {
-    const bool has_weight = kIsUsual || p_.weight.data != nullptr;
-    vectors_.for_each([&](int i, int at) {
-      Floats weight, bias;
-      if (has_weight) load_columns<Traits, kIsUsual>(p_.weight, at, true, weight);
-      if constexpr (Traits::kSource == RowSource::kRms) {
-        if (!has_weight) return;
+
+  // y * weight.
+  __device__ void weigh() {
+    if (!kIsFull && p_.weight.data == nullptr) return;
+    const auto multiply = [&](const auto& get) {
+      vectors_.for_each([&](int i, int at) {
+        Floats weight;
+        get(i, at, weight);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) y_[i][j] *= weight[j];
-        return;
-      }
-      const bool has_bias = kIsUsual || p_.bias.data != nullptr;
-      if (has_bias) load_columns<Traits, kIsUsual>(p_.bias, at, true, bias);
+      });
+    };
+    if (kIsFull || is_usual<T>(p_.weight)) {
+      multiply([&](int i, int, Floats& weight) { weights_[i].to_floats(weight); });
+    } else {
+      multiply(
+          [&](int, int at, Floats& weight) { load_columns<Traits>(p_.weight, at, true, weight); });
+    }
+  }
+
+  // y * weight * scale + bias, of any kind.
+  __device__ void weigh_and_add() {
+    vectors_.for_each([&](int i, int at) {
+      Floats of_columns;
+      if (p_.weight.data != nullptr) {
+        load_columns<Traits>(p_.weight, at, true, of_columns);
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        y_[i][j] = fmaf(y_[i][j], has_weight ? weight[j] * scale : scale, has_bias ? bias[j] : 0);
+        for (int j = 0; j < kVector; ++j) y_[i][j] *= of_columns[j];
+      }
+#pragma unroll
+      for (float& y : y_[i]) y *= norm_scale_;
+      if (p_.bias.data != nullptr) {
+        load_columns<Traits>(p_.bias, at, true, of_columns);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) y_[i][j] += of_columns[j];
       }
     });
   }
@@ -380,11 +418,8 @@ class HeldFloats {
       });
     }
     if (p_.rotation != 0) {
-      vectors_.for_each([&](int i, int) {
-        // Groups end with the row: those past it are all zeros.
-        if (!vectors_.is_there(i)) clear(i);
-        rotate(y_[i], p_.rotation);
-      });
+      if (!vectors_.is_there(0)) clear(0);  // groups end with the row: no other has lanes of these
+      vectors_.for_each([&](int i, int) { rotate(y_[i], p_.rotation); });
     }
   }
 
@@ -409,7 +444,8 @@ class HeldFloats {
   template <RowRounding kRounding>
   __device__ void store(int8_t* q, const RowScale& scale) {
     vectors_.for_each([&](int i, int at) {
-      if (vectors_.is_there(i)) store_quantized<kRounding, Traits>(y_[i], scale, q, 1, at);
+      if (i == 0 && !vectors_.is_there(0)) return;  // a rotation of copies is none
+      store_quantized<kRounding, Traits>(y_[i], scale, q, 1, at);
     });
   }
 
@@ -417,18 +453,40 @@ class HeldFloats {
   const QuantizeProblem& p_;
   const RowBlocks& blocks_;
   RowExchange& exchange_;
-  const HeldVectors<Traits> vectors_;
+  const HeldVectors<Traits, kIsFull> vectors_;
   float norm_scale_ = 1;
+  Raw weights_[Traits::kSource == RowSource::kRms ? kVectors : 1];
   Floats y_[kVectors];
 };
+
+template <class Traits, bool kIsFull>
+__device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks,
+                                         RowExchange& exchange) {
+  if constexpr (Traits::kHoldsWords) {
+    quantize_words<Traits, kIsFull>(params, blocks, exchange);
+  } else {
+    HeldFloats<Traits, kIsFull>(params, blocks, exchange).quantize();
+  }
+}
+
+template <class Traits>
+__device__ inline bool is_full(const QuantizeParams& params, const RowBlocks& blocks) {
+  using T = typename Traits::T;
+  const QuantizeProblem& p = params.problem;
+  constexpr int kElements = Traits::kInRegisters * Traits::kVector;
+  if (Traits::kOptions || Traits::kSource == RowSource::kOutliers) return false;
+  if (Traits::kIsNorm && !is_usual<T>(p.weight)) return false;
+  if (Traits::kSource == RowSource::kNorm && !is_usual<T>(p.bias)) return false;
+  return p.cols == int64_t{blocks.count * blockDim.x} * kElements;
+}
 
 template <class Traits>
 __device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks) {
   __shared__ RowExchange exchange;
-  if constexpr (Traits::kHoldsWords) {
-    quantize_words<Traits>(params, blocks, exchange);
+  if (is_full<Traits>(params, blocks)) {
+    quantize_held_row<Traits, true>(params, blocks, exchange);
   } else {
-    HeldFloats<Traits>(params, blocks, exchange).quantize();
+    quantize_held_row<Traits, false>(params, blocks, exchange);
   }
 }
 

@@ -27,7 +27,7 @@ struct QuantizeTraits {
   static constexpr bool kIsNorm = kSource == RowSource::kRms || kSource == RowSource::kNorm;
   // Vectors of a row that each thread has at the most, all in registers; 0: a row of any length.
   static constexpr bool kHoldsWords = kExact && !kOptions;  // as memory has them; else floats
-  static constexpr int kInRegisters = !kHolds_ ? 0 : kHoldsWords ? 8 : 32 / kVector;
+  static constexpr int kInRegisters = !kHolds_ ? 0 : kHoldsWords ? 8 : 4;
   // Options take more than the 64 registers that the largest block leaves.
   static constexpr int kThreads = kHolds_ && kOptions ? 512 : kMaxQuantizeThreads;
   // Vectors that a thread reads at once, where it does not hold them.

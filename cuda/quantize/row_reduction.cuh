@@ -22,9 +22,8 @@ __device__ inline float sum_of_block(float value, float (&of_warp)[kMaxQuantizeT
   __syncthreads();
   const unsigned warps = blockDim.x / 32;
   if (warps > 4) return sum_of_warp(threadIdx.x % 32 < warps ? of_warp[threadIdx.x % 32] : 0);
-  value = of_warp[0];
-  for (unsigned i = 1; i < warps; ++i) value += of_warp[i];
-  return value;
+  const float4 four = *reinterpret_cast<const float4*>(of_warp);
+  return (four.x + four.y) + ((warps > 2 ? four.z : 0) + (warps > 3 ? four.w : 0));
 }
 __device__ inline uint32_t maximum_of_block(float value,
                                             uint32_t (&of_warp)[kMaxQuantizeThreads / 32]) {
@@ -75,6 +74,7 @@ __device__ inline float sum_of_row(const RowBlocks& blocks, float value,
   if (threadIdx.x == 0) of_block = __float_as_uint(value);
   blocks.sync();
   value = 0;
+#pragma unroll 1
   for (uint32_t i = 0; i < blocks.count; ++i) {
     value += __uint_as_float(RowBlocks::value_of(of_block, i));
   }
@@ -87,13 +87,14 @@ __device__ inline uint32_t maximum_of_row(const RowBlocks& blocks, float value,
   if (blocks.count == 1) return bits;
   if (threadIdx.x == 0) of_block = bits;
   blocks.sync();
+#pragma unroll 1
   for (uint32_t i = 0; i < blocks.count; ++i) bits = max(bits, RowBlocks::value_of(of_block, i));
   return bits;
 }
 
 // What a block's threads tell one another. Each is used once.
 struct RowExchange {
-  float sums[2][kMaxQuantizeThreads / 32];
+  alignas(16) float sums[2][kMaxQuantizeThreads / 32];
   uint32_t maxima[2][kMaxQuantizeThreads / 32];
   uint32_t of_block[4];
 };
