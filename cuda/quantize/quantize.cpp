@@ -65,14 +65,16 @@ int64_t longest_row(const QuantizeKernel& kernel) {
 
 // The kernel for a problem: that which reads most at a time, without options where it has none.
 const QuantizeKernel& choose(const QuantizeProblem& p, int most_blocks) {
-  bool has_options =
-      p.smooth.data != nullptr || p.rotation != 0 || p.zero_point != nullptr || p.is_static;
+  const bool is_shifted = p.zero_point != nullptr || p.is_static;
+  bool has_options = p.smooth.data != nullptr || p.rotation != 0;
   RowSource source = p.outlier_mask != nullptr ? RowSource::kOutliers : RowSource::kPlain;
   if (p.norm != Norm::kNone) {
+    has_options = has_options || is_shifted;
     source = p.norm == Norm::kRms && p.bias.data == nullptr && !has_options ? RowSource::kRms
                                                                             : RowSource::kNorm;
   } else if (p.activation != Activation::kNone && p.activation != Activation::kRelu) {
     source = RowSource::kActivation;
+    has_options = has_options || is_shifted;
   } else if (p.up.data != nullptr) {
     has_options = true;
   }

@@ -1,205 +1,14 @@
 // Rows that lie in registers: each thread has every n-th vector of one, n the threads of its
-// blocks.
+// blocks. Plain ones are in held_words.cuh; a norm, an activation, or what options make of a plain
+// row is held as float32.
 //
-// Instructions bound these kernels before memory does, so they are counted here. What costs no more
-// than a conversion is made twice: a plain row is held as the words that memory has (half the
-// registers, so twice the elements in flight; extremes and outliers are found in pairs), all others
-// as float32.
+// Instructions bound these kernels before memory does, so they are counted here.
 #pragma once
 
-#include "quantize/quantize_row.cuh"
-#include "quantize/row_reduction.cuh"
+#include "quantize/held_vectors.cuh"
+#include "quantize/held_words.cuh"
 
 namespace fastq::cuda {
-
-// Whether a vector along the columns is there, and in x's dtype.
-template <class T>
-__device__ inline bool is_usual(const VectorView& v) {
-  return v.data != nullptr && (std::is_same_v<T, float> || v.dtype != DType::kFloat32);
-}
-
-// What is done to all four words of a vector.
-template <class Function>
-__device__ inline void each_word(uint4& words, const Function& function) {
-  words.x = function(words.x, 0), words.y = function(words.y, 1);
-  words.z = function(words.z, 2), words.w = function(words.w, 3);
-}
-
-// A word as one float32 or as two smaller ones: what is below 0 becomes 0, a NaN stays.
-template <class T>
-__device__ inline uint32_t word_above_zero(uint32_t word) {
-  if constexpr (std::is_same_v<T, float>) {
-    return __float_as_uint(max_or_nan(__uint_as_float(word), 0.0f));
-  } else {
-    return word_of<T>(__hmax2_nan(pair_of<T>(word), pair_of<T>(0)));
-  }
-}
-
-// The largest magnitude in words, from the largest and the smallest number: Hopper has an
-// instruction for the extreme of three pairs, but none of these takes magnitudes.
-template <class T>
-class LargestOfWords {
- public:
-  __device__ void take(uint4 words) {
-    each_word(words, [&](uint32_t word, int) {
-      if constexpr (std::is_same_v<T, float>) {
-        most_ = __float_as_uint(max_or_nan(value(), fabsf(__uint_as_float(word))));
-      } else {
-        most_ = word_of<T>(__hmax2_nan(pair_of<T>(most_), pair_of<T>(word)));
-        least_ = word_of<T>(__hmin2_nan(pair_of<T>(least_), pair_of<T>(word)));
-      }
-      return word;
-    });
-  }
-  __device__ float value() const {
-    if constexpr (std::is_same_v<T, float>) {
-      return __uint_as_float(most_);
-    } else {
-      const Pair<T> most = pair_of<T>(most_), least = pair_of<T>(least_);
-      return max_or_nan(max_or_nan(to_float(most.x), to_float(most.y)),
-                        max_or_nan(-to_float(least.x), -to_float(least.y)));
-    }
-  }
-
- private:
-  uint32_t most_ = 0, least_ = 0;
-};
-
-// Takes the outliers out of a vector, and tells which they are by one bit each.
-template <class T>
-class OutlierFilter {
- public:
-  // |x| >= threshold exactly where |x| is at least the next T that is not below it.
-  __device__ explicit OutlierFilter(float threshold) {
-    if constexpr (std::is_same_v<T, float>) {
-      threshold_ = __float_as_uint(threshold);
-    } else if constexpr (std::is_same_v<T, __half>) {
-      threshold_ = word_of<T>(__half2half2(__float2half_ru(threshold)));
-    } else {
-      threshold_ = word_of<T>(__bfloat162bfloat162(__float2bfloat16_ru(threshold)));
-    }
-  }
-  __device__ uint32_t take(uint4& words) const {
-    uint32_t found = 0;
-    each_word(words, [&](uint32_t word, int i) {
-      if constexpr (std::is_same_v<T, float>) {
-        const bool is_outlier = fabsf(__uint_as_float(word)) >= __uint_as_float(threshold_);
-        found |= static_cast<uint32_t>(is_outlier) << i;
-        return is_outlier ? 0u : word;
-      } else {
-        const uint32_t outliers = __hge2_mask(__habs2(pair_of<T>(word)), pair_of<T>(threshold_));
-        found |= outliers & 0x00020001u << 2 * i;  // the high half's bit comes 16 too high
-        return word & ~outliers;
-      }
-    });
-    return (found | found >> 16) & 0xffu;
-  }
-
- private:
-  uint32_t threshold_;
-};
-
-// A pointer that is worked out once: without this the compiler adds its parts up anew for each
-// load.
-template <class P>
-__device__ inline P* worked_out(P* pointer) {
-  asm("" : "+l"(pointer));
-  __builtin_assume(__isGlobal(pointer));
-  return pointer;
-}
-
-// Where a thread's vectors of a row lie. kIsFull: all threads have as many as fit, so that nothing
-// is asked (and a norm's weight and bias are the usual ones). Else where one has fewer than others
-// its first is done once more, and in a thread without any the row's last: that changes no extreme,
-// and is written as it is; but sums leave it out.
-template <class Traits, bool kIsFull>
-struct HeldVectors {
-  static constexpr int kVectors = Traits::kInRegisters;
-  const int count, step, first, last;
-
-  __device__ HeldVectors(const QuantizeParams& params, const RowBlocks& blocks)
-      : count(params.vectors),
-        step(static_cast<int>(blocks.count * blockDim.x) * Traits::kVector),
-        first(static_cast<int>(blocks.rank * blockDim.x + threadIdx.x) * Traits::kVector),
-        last(static_cast<int>(params.problem.cols) - Traits::kVector) {}
-
-  __device__ bool is_any(int i) const { return kIsFull || i < count; }  // in any thread
-  __device__ bool is_there(int i) const { return kIsFull || i * step + first <= last; }
-  __device__ int at(int i) const { return is_there(i) ? i * step + first : i == 0 ? last : first; }
-
-  // visit(i, at), of each vector that some thread has.
-  template <class Visit>
-  __device__ void for_each(const Visit& visit) const {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (is_any(i)) visit(i, at(i));
-    }
-  }
-
-  // The q of a row with a NaN or an Inf.
-  __device__ void store_zeros(int8_t* q) const {
-    for_each([&](int, int at) { *reinterpret_cast<PackedBytes<Traits::kVector>*>(q + at) = {}; });
-  }
-};
-
-// A row as memory has it, but for outliers and relu.
-template <class Traits, bool kIsFull>
-__device__ inline void quantize_words(const QuantizeParams& params, const RowBlocks& blocks,
-                                      RowExchange& exchange) {
-  using T = typename Traits::T;
-  constexpr int kVector = Traits::kVector;
-  const QuantizeProblem& p = params.problem;
-  const HeldVectors<Traits, kIsFull> vectors(params, blocks);
-  const T* const x = worked_out(static_cast<const T*>(p.x) + blocks.row * p.stride_xr);
-
-  RawVector<Traits> held[Traits::kInRegisters];
-  vectors.for_each([&](int i, int at) { held[i].load(x, 1, at, true); });
-  LargestOfWords<T> largest;
-  if constexpr (Traits::kSource == RowSource::kOutliers) {
-    const OutlierFilter<T> filter(p.threshold);
-    vectors.for_each([&](int i, int at) {
-      const uint32_t found = filter.take(held[i].words);
-      largest.take(held[i].words);
-      const bool is_there = vectors.is_there(i);
-      flag_outliers<Traits>(p, blocks.row, is_there ? at : vectors.last + kVector,
-                            is_there ? found : 0);
-    });
-    if (blocks.rank == 0 && p.cols + threadIdx.x < p.padded_cols) {
-      p.q[blocks.row * p.stride_qr + p.cols + threadIdx.x] = 0;
-    }
-  } else {
-    if (p.activation == Activation::kRelu) {
-      vectors.for_each([&](int i, int) {
-        each_word(held[i].words, [](uint32_t word, int) { return word_above_zero<T>(word); });
-      });
-    }
-    vectors.for_each([&](int i, int) { largest.take(held[i].words); });
-  }
-
-  const uint32_t absmax =
-      maximum_of_row(blocks, largest.value(), exchange.maxima[0], exchange.of_block[0]);
-  const float scale = symmetric_scale(absmax);
-  if (threadIdx.x == 0 && blocks.rank == 0) p.scale[blocks.row * p.stride_s] = scale;
-  int8_t* const q = worked_out(p.q + blocks.row * p.stride_qr);
-  if constexpr (sizeof(T) == 2) {
-    if (absmax >= 0x7f800000u) return vectors.store_zeros(q);
-    const float factor = factor_of_halves<T>(__uint_as_float(absmax), scale);
-    if (!std::is_same_v<T, __half> || factor != 0) {
-      vectors.for_each([&](int i, int at) {
-        typename Traits::Floats y;
-        held[i].to_floats(y);
-        *reinterpret_cast<PackedBytes<kVector>*>(q + at) = rounded_products(y, factor);
-      });
-      return;
-    }
-  }
-  const RowScale exact = row_with_scale(scale);
-  vectors.for_each([&](int i, int at) {
-    typename Traits::Floats y;
-    held[i].to_floats(y);
-    store_quantized<RowRounding::kSymmetric, Traits>(y, exact, q, 1, at);
-  });
-}
 
 // A row as float32: a norm, an activation, or what options make of a plain one.
 template <class Traits, bool kIsFull>
@@ -463,7 +272,7 @@ template <class Traits, bool kIsFull>
 __device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks,
                                          RowExchange& exchange) {
   if constexpr (Traits::kHoldsWords) {
-    quantize_words<Traits, kIsFull>(params, blocks, exchange);
+    HeldWords<Traits, kIsFull>(params, blocks, exchange).quantize();
   } else {
     HeldFloats<Traits, kIsFull>(params, blocks, exchange).quantize();
   }
@@ -475,6 +284,8 @@ __device__ inline bool is_full(const QuantizeParams& params, const RowBlocks& bl
   const QuantizeProblem& p = params.problem;
   constexpr int kElements = Traits::kInRegisters * Traits::kVector;
   if (Traits::kOptions || Traits::kSource == RowSource::kOutliers) return false;
+  if (Traits::kHoldsWords && std::is_same_v<T, float>) return false;
+  if (p.zero_point != nullptr || p.is_static) return false;  // would take more registers
   if (Traits::kIsNorm && !is_usual<T>(p.weight)) return false;
   if (Traits::kSource == RowSource::kNorm && !is_usual<T>(p.bias)) return false;
   return p.cols == int64_t{blocks.count * blockDim.x} * kElements;

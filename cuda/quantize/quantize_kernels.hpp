@@ -25,7 +25,7 @@ struct QuantizeParams {
 struct QuantizeKernel {
   DType dtype;
   RowSource source;
-  bool has_options;  // smooth, rotation, zero_point, is_static; up of a plain source
+  bool has_options;  // smooth, rotation; up of a plain source, zero_point or is_static of others
   int vector;        // elements that are read at a time: 16 bytes, or one element of any layout
   int in_registers;  // vectors that a thread has at the most; 0: any number
                      // (and then a cluster of blocks may have a row)

@@ -12,11 +12,11 @@
 // the product with the reciprocal, rounded.
 #pragma once
 
-#include <cuda_fp16.h>
-
 #include <cfloat>
 #include <cstdint>
 #include <type_traits>
+
+#include "runtime/float_io.cuh"
 
 namespace fastq::cuda {
 
@@ -60,6 +60,22 @@ __device__ inline RowScale row_with_scale(float scale) {
   row.inverse = reciprocal(row.divisor);
   row.inverse_rest = row.inverse * __fmaf_rn(-row.divisor, row.inverse, 1.0f);
   return row;
+}
+
+// Whether some 16-bit float is so near half-way between two multiples of the scale, up to 255 of
+// them, that its product with factor = 1 / scale could be rounded to another one than its quotient.
+// The factor, and the quotient where that is rounded before, are off by 2^-24 of themselves at the
+// most. Powers of two have exact factors. All threads of a block together.
+template <class T>
+__device__ inline bool has_near_ties(float scale, float factor) {
+  bool is_near = false;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < 256; i += blockDim.x) {
+    const float half_way = static_cast<float>(i) + 0.5f;
+    const float x = to_float(from_float<T>(half_way * scale));
+    is_near |= fabsf(__fmaf_rn(x, factor, -half_way)) <= half_way * 0x1.1p-23f;
+  }
+  return __syncthreads_or(is_near) && (__float_as_uint(scale) & 0x7fffffu) != 0;
 }
 
 // Symmetric. fmaxf would turn a NaN into FLT_MIN.
@@ -164,6 +180,28 @@ __device__ inline PackedBytes<kCount> rounded_products(const float (&x)[kCount],
 #pragma unroll
     for (int j = 0; j < 4; ++j) bits[j] = __float_as_uint(__fmaf_rn(x[i + j], factor, kRounder));
     q.words[i / 4] = lowest_bytes(bits);
+  }
+  return q;
+}
+
+// The same plus a zero point, clamped to -128..127. Products are below 2^22 in magnitude.
+template <int kCount>
+__device__ inline PackedBytes<kCount> shifted_products(const float (&x)[kCount], float factor,
+                                                       int zero_point) {
+  PackedBytes<kCount> q;
+  const int shift = zero_point - __float_as_int(kRounder);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    int its[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      its[j] = __float_as_int(__fmaf_rn(x[i + j], factor, kRounder)) + shift;
+    }
+    uint32_t high;
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(its[3]), "r"(its[2]));
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
+        : "=r"(q.words[i / 4])
+        : "r"(its[1]), "r"(its[0]), "r"(high));
   }
   return q;
 }
