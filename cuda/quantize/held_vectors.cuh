@@ -21,6 +21,12 @@ __device__ inline P* worked_out(P* pointer) {
   return pointer;
 }
 
+// Of q's vectors. Without a sign there is nothing to extend to 64 bits.
+template <int kVector>
+__device__ inline void store_packed(const PackedBytes<kVector>& packed, int8_t* q, int at) {
+  *reinterpret_cast<PackedBytes<kVector>*>(q + static_cast<uint32_t>(at)) = packed;
+}
+
 // Where a thread's vectors of a row lie. kIsFull: all threads have as many as fit, so that nothing
 // is asked (and a norm's weight and bias are the usual ones). Else where one has fewer than others
 // its first is done once more, and in a thread without any the row's last: that changes no extreme,
@@ -51,7 +57,7 @@ struct HeldVectors {
 
   // The q of a row with a NaN or an Inf.
   __device__ void store_zeros(int8_t* q) const {
-    for_each([&](int, int at) { *reinterpret_cast<PackedBytes<Traits::kVector>*>(q + at) = {}; });
+    for_each([&](int, int at) { store_packed(PackedBytes<Traits::kVector>{}, q, at); });
   }
 };
 

@@ -172,8 +172,8 @@ class HeldWords {
     }
     if (max(above, below) >= 0x7f800000u) return vectors_.store_zeros(q());
     if constexpr (kIsHalf) {
-      const float factor = reciprocal(scale.scale);
-      if (!has_near_ties<T>(scale.scale, factor)) {
+      const float factor = factor_of_any<T>(scale.scale);
+      if (factor != 0) {
         return store([&](const auto& y) { return shifted_products(y, factor, scale.zero_point); });
       }
     }
@@ -185,8 +185,8 @@ class HeldWords {
     // 127 and 512 scales are within the normal numbers of T.
     const bool is_usual = kIsHalf && scale.scale >= 0x1p-20f && scale.scale <= 0x1p6f;
     if constexpr (kIsHalf) {
-      const float factor = reciprocal(scale.scale);
-      if (is_usual && !has_near_ties<T>(scale.scale, factor)) {
+      const float factor = is_usual ? factor_of_any<T>(scale.scale) : 0;
+      if (factor != 0) {
         if (p_.zero_point != nullptr) {
           // A NaN gives way to the bound.
           clamp(-512 * scale.scale, 512 * scale.scale);
@@ -221,7 +221,7 @@ class HeldWords {
     vectors_.for_each([&](int i, int at) {
       typename Traits::Floats y;
       held_[i].to_floats(y);
-      *reinterpret_cast<PackedBytes<kVector>*>(to + at) = packed(y);
+      store_packed<kVector>(packed(y), to, at);
     });
   }
   template <RowRounding kRounding>

@@ -63,9 +63,8 @@ class HeldFloats {
       if (__float_as_uint(absmax) >= 0x7f800000u) return vectors_.store_zeros(q);
       float factor = reciprocal(scale);
       if constexpr (Traits::kSource == RowSource::kRms) factor *= norm_scale_;
-      vectors_.for_each([&](int i, int at) {
-        *reinterpret_cast<PackedBytes<kVector>*>(q + at) = rounded_products(y_[i], factor);
-      });
+      vectors_.for_each(
+          [&](int i, int at) { store_packed<kVector>(rounded_products(y_[i], factor), q, at); });
     }
   }
 

@@ -20,6 +20,8 @@
 
 namespace fastq::cuda {
 
+constexpr float kRounder = 0x1.8p23f;  // whose last bit is 1: a sum with it is a whole number
+
 __device__ inline uint32_t abs_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
 struct RowScale {
@@ -62,20 +64,32 @@ __device__ inline RowScale row_with_scale(float scale) {
   return row;
 }
 
-// Whether some 16-bit float is so near half-way between two multiples of the scale, up to 255 of
-// them, that its product with factor = 1 / scale could be rounded to another one than its quotient.
-// The factor, and the quotient where that is rounded before, are off by 2^-24 of themselves at the
-// most. Powers of two have exact factors. All threads of a block together.
+// The same of any scale, for quotients up to 255.5 in magnitude. What can go wrong lies next to a
+// number half-way between two whole ones: there is at most one of T for each, and the threads of a
+// block try them all, together. Factor and quotient are off by 2^-24 of themselves at the most;
+// where that matters, as half the largest element does in a row without negative ones, a factor
+// 2^-21 larger or smaller may do. Powers of two have exact factors.
 template <class T>
-__device__ inline bool has_near_ties(float scale, float factor) {
-  bool is_near = false;
+__device__ inline float factor_of_any(float scale) {
+  const float factor = reciprocal(scale);
+  if ((__float_as_uint(scale) & 0x7fffffu) == 0) return factor;
+  const float tried[3] = {factor, __fmaf_rn(factor, 0x1p-21f, factor),
+                          __fmaf_rn(factor, -0x1p-21f, factor)};
+  uint32_t wrong = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < 256; i += blockDim.x) {
     const float half_way = static_cast<float>(i) + 0.5f;
     const float x = to_float(from_float<T>(half_way * scale));
-    is_near |= fabsf(__fmaf_rn(x, factor, -half_way)) <= half_way * 0x1.1p-23f;
+    if (!(fabsf(__fmaf_rn(x, factor, -half_way)) <= half_way * 0x1p-20f)) continue;
+    const float right = __fadd_rn(__fdiv_rn(x, scale), kRounder);
+#pragma unroll
+    for (int k = 0; k < 3; ++k) wrong |= (__fmaf_rn(x, tried[k], kRounder) != right) << k;
   }
-  return __syncthreads_or(is_near) && (__float_as_uint(scale) & 0x7fffffu) != 0;
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    if (__syncthreads_or(wrong >> k & 1) == 0) return tried[k];
+  }
+  return 0;
 }
 
 // Symmetric. fmaxf would turn a NaN into FLT_MIN.
@@ -143,8 +157,6 @@ __device__ inline float quotient(float lifted, const RowScale& row) {
 // How a row is rounded: by a symmetric scale of its own, by an asymmetric one of its own, or by a
 // static one of either kind, out of whose range elements may be.
 enum class RowRounding { kSymmetric, kAsymmetric, kStatic };
-
-constexpr float kRounder = 0x1.8p23f;  // whose last bit is 1: a sum with it is a whole number
 
 // q in the lowest byte, of an element that has been lifted.
 template <RowRounding kRounding, bool kExact>
