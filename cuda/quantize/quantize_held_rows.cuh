@@ -251,9 +251,16 @@ class HeldFloats {
 
   template <RowRounding kRounding>
   __device__ void store(int8_t* q, const RowScale& scale) {
+    if (scale.kept == 0) return vectors_.store_zeros(q);
+    if (scale.lift != 1) {
+      vectors_.for_each([&](int i, int) {
+#pragma unroll
+        for (float& y : y_[i]) y *= scale.lift;
+      });
+    }
     vectors_.for_each([&](int i, int at) {
       if (i == 0 && !vectors_.is_there(0)) return;  // a rotation of copies is none
-      store_quantized<kRounding, Traits>(y_[i], scale, q, 1, at);
+      store_packed<kVector>(quantized_bytes<kRounding, Traits::kExact>(y_[i], scale), q, at);
     });
   }
 

@@ -158,22 +158,32 @@ __device__ inline float quotient(float lifted, const RowScale& row) {
 // static one of either kind, out of whose range elements may be.
 enum class RowRounding { kSymmetric, kAsymmetric, kStatic };
 
-// q in the lowest byte, of an element that has been lifted.
+// What q is in the last bits of, of an element that has been lifted; a zero point comes after.
 template <RowRounding kRounding, bool kExact>
 __device__ inline uint32_t quantized_bits(float x, const RowScale& row) {
-  const float clamped = kRounding == RowRounding::kStatic ? fminf(fmaxf(x, row.low), row.high) : x;
-  const uint32_t bits = __float_as_uint(kExact ? __fadd_rn(quotient(clamped, row), kRounder)
-                                               : __fmaf_rn(clamped, row.inverse, kRounder));
-  if (kRounding == RowRounding::kSymmetric) return bits;
-  // The largest element of a row may be 128: zero_point and its quotient may both be rounded up.
-  const int q = min(static_cast<int>(bits - __float_as_uint(kRounder)) + row.zero_point, 127);
-  return static_cast<uint32_t>(kRounding == RowRounding::kStatic && x != x ? -128 : q);
+  if (kRounding == RowRounding::kStatic) x = fminf(fmaxf(x, row.low), row.high);
+  return __float_as_uint(kExact ? __fadd_rn(quotient(x, row), kRounder)
+                                : __fmaf_rn(x, row.inverse, kRounder));
+}
+// The largest element of a row may be 128: zero_point and its quotient may both be rounded up.
+template <RowRounding kRounding>
+__device__ inline int shifted(float x, uint32_t bits, const RowScale& row) {
+  if (kRounding == RowRounding::kStatic && x != x) return -128;
+  return static_cast<int>(bits - __float_as_uint(kRounder)) + row.zero_point;
 }
 
 // The lowest bytes of four.
 __device__ inline uint32_t lowest_bytes(const uint32_t (&bits)[4]) {
   const uint32_t low = __byte_perm(bits[0], bits[1], 0x0040);
   return __byte_perm(low, __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
+}
+
+// Four numbers clamped to -128..127.
+__device__ inline uint32_t saturated_bytes(const int (&x)[4]) {
+  uint32_t high, all;
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(x[3]), "r"(x[2]));
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(x[1]), "r"(x[0]), "r"(high));
+  return all;
 }
 
 // A vector of q as it is stored at once.
@@ -209,20 +219,34 @@ __device__ inline PackedBytes<kCount> shifted_products(const float (&x)[kCount],
     for (int j = 0; j < 4; ++j) {
       its[j] = __float_as_int(__fmaf_rn(x[i + j], factor, kRounder)) + shift;
     }
-    uint32_t high;
-    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(its[3]), "r"(its[2]));
-    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
-        : "=r"(q.words[i / 4])
-        : "r"(its[1]), "r"(its[0]), "r"(high));
+    q.words[i / 4] = saturated_bytes(its);
   }
   return q;
 }
 
-// Elements to q, four in a word.
+// Elements to q; quantized_bytes of a row with a finite scale, and lifted.
+template <RowRounding kRounding, bool kExact, int kCount>
+__device__ inline PackedBytes<kCount> quantized_bytes(const float (&x)[kCount],
+                                                      const RowScale& row) {
+  static_assert(kCount % 4 == 0);
+  PackedBytes<kCount> q;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    uint32_t bits[4];
+    int its[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      bits[j] = quantized_bits<kRounding, kExact>(x[i + j], row);
+      its[j] = shifted<kRounding>(x[i + j], bits[j], row);
+    }
+    q.words[i / 4] =
+        kRounding == RowRounding::kSymmetric ? lowest_bytes(bits) : saturated_bytes(its);
+  }
+  return q;
+}
 template <RowRounding kRounding, bool kExact, int kCount>
 __device__ inline void quantize_elements(const float (&elements)[kCount], const RowScale& row,
                                          uint32_t (&q)[kCount / 4]) {
-  static_assert(kCount % 4 == 0);
   float x[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) x[i] = elements[i];
@@ -230,18 +254,18 @@ __device__ inline void quantize_elements(const float (&elements)[kCount], const 
 #pragma unroll
     for (float& y : x) y *= row.lift;
   }
+  const PackedBytes<kCount> bytes = quantized_bytes<kRounding, kExact>(x, row);
 #pragma unroll
-  for (int i = 0; i < kCount; i += 4) {
-    uint32_t bits[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) bits[j] = quantized_bits<kRounding, kExact>(x[i + j], row);
-    q[i / 4] = lowest_bytes(bits) & row.kept;
-  }
+  for (int i = 0; i < kCount / 4; ++i) q[i] = bytes.words[i] & row.kept;
 }
 
 template <RowRounding kRounding, bool kExact>
 __device__ inline int8_t quantize_element(float x, const RowScale& row) {
-  return static_cast<int8_t>(quantized_bits<kRounding, kExact>(x * row.lift, row) & row.kept);
+  x *= row.lift;
+  const uint32_t bits = quantized_bits<kRounding, kExact>(x, row);
+  const int q = kRounding == RowRounding::kSymmetric ? static_cast<int>(bits)
+                                                     : min(shifted<kRounding>(x, bits, row), 127);
+  return static_cast<int8_t>(q & row.kept);
 }
 
 }  // namespace fastq::cuda
