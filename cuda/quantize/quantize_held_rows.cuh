@@ -218,17 +218,27 @@ class HeldFloats {
   // smooth and rotation.
   __device__ void finish() {
     if (p_.smooth.data != nullptr) {
-      vectors_.for_each([&](int i, int at) {
-        Floats smooth;
-        load_columns<Traits>(p_.smooth, at, true, smooth);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) y_[i][j] = __fmul_rn(y_[i][j], reciprocal(smooth[j]));
-      });
+      if (is_usual<T>(p_.smooth)) {
+        divide<true>();
+      } else {
+        divide<false>();
+      }
     }
     if (p_.rotation != 0) {
       if (!vectors_.is_there(0)) clear(0);  // groups end with the row: no other has lanes of these
       vectors_.for_each([&](int i, int) { rotate(y_[i], p_.rotation); });
     }
+  }
+
+  // By smooth, which has x's dtype or is float32.
+  template <bool kIsT>
+  __device__ void divide() {
+    vectors_.for_each([&](int i, int at) {
+      Floats smooth;
+      load_columns_as<Traits, kIsT>(p_.smooth, at, true, smooth);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) y_[i][j] = __fmul_rn(y_[i][j], reciprocal(smooth[j]));
+    });
   }
 
   struct Bits {

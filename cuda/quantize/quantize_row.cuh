@@ -29,7 +29,7 @@ struct QuantizeTraits {
   static constexpr bool kHoldsWords = kExact && !kOptions;  // as memory has them; else floats
   static constexpr int kInRegisters = !kHolds_ ? 0 : kHoldsWords ? 8 : 4;
   // Options take more than the 64 registers that the largest block leaves.
-  static constexpr int kThreads = kHolds_ && kOptions ? 512 : kMaxQuantizeThreads;
+  static constexpr int kThreads = kHolds_ && kOptions && !kIsPlain ? 512 : kMaxQuantizeThreads;
   // Vectors that a thread reads at once, where it does not hold them.
   static constexpr int kAtATime = kVector == 1 ? 1 : 2;
   // Single elements may be in a row of any length.
@@ -140,24 +140,32 @@ struct RawVector {
 };
 
 // Elements of a vector along the columns: weight, bias or smooth; zeros past them.
-template <class Traits, bool kIsT = std::is_same_v<typename Traits::T, float>>
-__device__ inline void load_columns(const VectorView& v, typename Traits::Index at, bool is_there,
-                                    typename Traits::Floats& x) {
-  if (kIsT || v.dtype != DType::kFloat32) {
+template <class Traits, bool kIsT>
+__device__ inline void load_columns_as(const VectorView& v, typename Traits::Index at,
+                                       bool is_there, typename Traits::Floats& x) {
+  if constexpr (kIsT) {
     RawVector<Traits> raw;
     raw.template load<true>(v.data, v.stride, at, is_there);
-    return raw.to_floats(x);
-  }
-  const float* const from = static_cast<const float*>(v.data) + at * v.stride;
-  if constexpr (Traits::kVector == 1) {
-    x[0] = is_there ? __ldg(from) : 0;
+    raw.to_floats(x);
+  } else if constexpr (Traits::kVector == 1) {
+    x[0] = is_there ? __ldg(static_cast<const float*>(v.data) + at * v.stride) : 0;
   } else {
+    const float* const from = static_cast<const float*>(v.data) + at;
 #pragma unroll
     for (int i = 0; i < Traits::kVector; i += 4) {
       float4 four = {};
       if (is_there) four = __ldg(reinterpret_cast<const float4*>(from + i));
       x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
     }
+  }
+}
+template <class Traits>
+__device__ inline void load_columns(const VectorView& v, typename Traits::Index at, bool is_there,
+                                    typename Traits::Floats& x) {
+  if (std::is_same_v<typename Traits::T, float> || v.dtype != DType::kFloat32) {
+    load_columns_as<Traits, true>(v, at, is_there, x);
+  } else {
+    load_columns_as<Traits, false>(v, at, is_there, x);
   }
 }
 
