@@ -2,7 +2,8 @@
 // blocks. Plain ones are in held_words.cuh; a norm, an activation, or what options make of a plain
 // row is held as float32.
 //
-// Instructions bound these kernels before memory does, so they are counted here.
+// Instructions bound these kernels before memory does, so they are counted here: rows whose threads
+// are all as busy are spared all questions.
 #pragma once
 
 #include "quantize/held_vectors.cuh"
@@ -62,7 +63,13 @@ class HeldFloats {
     } else {
       if (__float_as_uint(absmax) >= 0x7f800000u) return vectors_.store_zeros(q);
       float factor = reciprocal(scale);
-      if constexpr (Traits::kSource == RowSource::kRms) factor *= norm_scale_;
+      if constexpr (Traits::kSource == RowSource::kRms) {
+        if (factor * norm_scale_ <= FLT_MAX) {
+          factor *= norm_scale_;
+        } else {
+          multiply(norm_scale_);
+        }
+      }
       vectors_.for_each(
           [&](int i, int at) { store_packed<kVector>(rounded_products(y_[i], factor), q, at); });
     }
@@ -259,15 +266,17 @@ class HeldFloats {
     for (float& y : y_[i]) y = 0;
   }
 
+  __device__ void multiply(float factor) {
+    vectors_.for_each([&](int i, int) {
+#pragma unroll
+      for (float& y : y_[i]) y *= factor;
+    });
+  }
+
   template <RowRounding kRounding>
   __device__ void store(int8_t* q, const RowScale& scale) {
     if (scale.kept == 0) return vectors_.store_zeros(q);
-    if (scale.lift != 1) {
-      vectors_.for_each([&](int i, int) {
-#pragma unroll
-        for (float& y : y_[i]) y *= scale.lift;
-      });
-    }
+    if (scale.lift != 1) multiply(scale.lift);
     vectors_.for_each([&](int i, int at) {
       if (i == 0 && !vectors_.is_there(0)) return;  // a rotation of copies is none
       store_packed<kVector>(quantized_bytes<kRounding, Traits::kExact>(y_[i], scale), q, at);

@@ -8,18 +8,19 @@
 //   q = clamp(round_half_even(y / scale) + zero_point)
 //
 // A block has a row. Where rows are contiguous and aligned it reads 16 bytes at a time; other
-// layouts are read element by element. y, and before it a norm's h, are held as float32, so that
-// memory is read once: in registers, on Hopper by a cluster of blocks where one has too few; else
-// in shared memory. (Rows in flight are what keeps memory busy, so registers are few.) Of a row
-// that does not fit there, what remains is read again for each step, from L2.
+// layouts are read element by element. What memory has is read once and held: in registers
+// (quantize_held_rows.cuh), on Hopper by a cluster of blocks where one has too few; else, here, y
+// and before it a norm's h as float32 in shared memory. (Rows in flight are what keeps memory busy,
+// so registers are few.) Of a row that does not fit there, what remains is read again for each
+// step, from L2.
 //
 // An RMS norm without bias or options takes two steps instead of three: its largest element follows
 // from that of h * weight, and its scale multiplies the row's.
 //
 // Template parameters are the dtype, the source and the vector, which shape the registers, and
-// whether there may be more than a dynamic symmetric scale (all that few have: division by smooth,
-// rotation, zero points, static scales, a product with up and no activation but relu), which would
-// double the code; all else is a branch that is the same for a whole row.
+// whether there may be what few have (division by smooth, rotation, a product with up and no
+// activation but relu; zero points and static scales of what is no plain row), which would double
+// the code; all else is a branch that is the same for a whole row.
 #pragma once
 
 #include "quantize/quantize_held_rows.cuh"
