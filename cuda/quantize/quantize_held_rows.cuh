@@ -266,7 +266,9 @@ class HeldFloats {
     for (float& y : y_[i]) y = 0;
   }
 
+  // Seldom. (The compiler would rather select each product than branch.)
   __device__ void multiply(float factor) {
+    asm volatile("");
     vectors_.for_each([&](int i, int) {
 #pragma unroll
       for (float& y : y_[i]) y *= factor;
