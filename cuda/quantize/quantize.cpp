@@ -65,14 +65,16 @@ int64_t longest_row(const QuantizeKernel& kernel) {
 
 // The kernel for a problem: that which reads most at a time, without options where it has none.
 const QuantizeKernel& choose(const QuantizeProblem& p, int most_blocks) {
-  bool has_options =
-      p.smooth.data != nullptr || p.rotation != 0 || p.zero_point != nullptr || p.is_static;
+  const bool is_shifted = p.zero_point != nullptr || p.is_static;
+  bool has_options = p.smooth.data != nullptr || p.rotation != 0;
   RowSource source = p.outlier_mask != nullptr ? RowSource::kOutliers : RowSource::kPlain;
   if (p.norm != Norm::kNone) {
+    has_options = has_options || is_shifted;
     source = p.norm == Norm::kRms && p.bias.data == nullptr && !has_options ? RowSource::kRms
                                                                             : RowSource::kNorm;
   } else if (p.activation != Activation::kNone && p.activation != Activation::kRelu) {
     source = RowSource::kActivation;
+    has_options = has_options || is_shifted;
   } else if (p.up.data != nullptr) {
     has_options = true;
   }
@@ -98,10 +100,11 @@ const QuantizeKernel& choose(const QuantizeProblem& p, int most_blocks) {
 int threads_of_block(const QuantizeProblem& p, const QuantizeKernel& kernel, int sm_count,
                      int blocks) {
   const int64_t vectors = ceil_div(p.cols, kernel.vector * blocks);
-  const int64_t of_thread = p.norm != Norm::kNone    ? 4
-                            : p.rows >= 4 * sm_count ? 4
-                            : p.rows > sm_count      ? 2
-                                                     : 1;
+  const int64_t of_thread = p.norm != Norm::kNone     ? 4
+                            : p.rows >= 16 * sm_count ? std::max(kernel.in_registers, 4)
+                            : p.rows >= 4 * sm_count  ? 4
+                            : p.rows > sm_count       ? 2
+                                                      : 1;
   return static_cast<int>(
       std::clamp<int64_t>(ceil_div(vectors, 32 * of_thread) * 32, 32, kernel.max_threads));
 }
@@ -116,7 +119,8 @@ void launch(const QuantizeProblem& p) {
   const int64_t step = int64_t{threads} * kernel.vector;
   const int64_t all = kernel.in_registers > 0 ? 0 : ceil_div(p.cols, step) * step;
   const int64_t most = held_bytes(device) / static_cast<int64_t>(sizeof(float)) / step * step;
-  QuantizeParams params{p, static_cast<int>(std::min(all, most)),
+  QuantizeParams params{p, static_cast<int>(ceil_div(p.cols, step * blocks)),
+                        static_cast<int>(std::min(all, most)),
                         1 / static_cast<float>(std::max<int64_t>(p.cols, 1))};
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(p.rows * blocks);

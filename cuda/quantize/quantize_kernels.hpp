@@ -17,14 +17,15 @@ constexpr int kMaxRowBlocks = 4;           // of a cluster, which has a row
 
 struct QuantizeParams {
   QuantizeProblem problem;
-  int held;  // columns in shared memory, a multiple of what a block reads at once
+  int vectors;  // of a row, that a thread has at the most, where it has them in registers
+  int held;     // columns in shared memory, a multiple of what a block reads at once
   float inverse_cols;
 };
 
 struct QuantizeKernel {
   DType dtype;
   RowSource source;
-  bool has_options;  // smooth, rotation, zero_point, is_static; up of a plain source
+  bool has_options;  // smooth, rotation; up of a plain source, zero_point or is_static of others
   int vector;        // elements that are read at a time: 16 bytes, or one element of any layout
   int in_registers;  // vectors that a thread has at the most; 0: any number
                      // (and then a cluster of blocks may have a row)

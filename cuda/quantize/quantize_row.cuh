@@ -25,13 +25,13 @@ struct QuantizeTraits {
   static constexpr bool kExact = kIsPlain || kSource == RowSource::kOutliers;
   static constexpr bool kMultiplies = kSource == RowSource::kActivation || (kIsPlain && kOptions);
   static constexpr bool kIsNorm = kSource == RowSource::kRms || kSource == RowSource::kNorm;
-  // Vectors of a row that each thread has, all in registers; 0: a row of any length.
-  static constexpr int kInRegisters = kHolds_ ? 4 : 0;
-  static constexpr int kThreads = kInRegisters > 0 ? 512 : kMaxQuantizeThreads;
-  // Options take more than the 64 registers that two such blocks leave.
-  static constexpr int kBlocks = kInRegisters > 0 && kOptions ? 1 : 1024 / kThreads;
-  // Vectors that a thread reads at once.
-  static constexpr int kAtATime = kVector == 1 ? 1 : kExact && !kOptions ? 4 : 2;
+  // Vectors of a row that each thread has at the most, all in registers; 0: a row of any length.
+  static constexpr bool kHoldsWords = kExact && !kOptions;  // as memory has them; else floats
+  static constexpr int kInRegisters = !kHolds_ ? 0 : kHoldsWords ? 8 : 4;
+  // Options take more than the 64 registers that the largest block leaves.
+  static constexpr int kThreads = kHolds_ && kOptions && !kIsPlain ? 512 : kMaxQuantizeThreads;
+  // Vectors that a thread reads at once, where it does not hold them.
+  static constexpr int kAtATime = kVector == 1 ? 1 : 2;
   // Single elements may be in a row of any length.
   using Index = std::conditional_t<kVector == 1, int64_t, int>;
   using Floats = float[kVector];
@@ -59,6 +59,22 @@ __device__ inline void rotate(float (&v)[kSize], int rotation) {
       v[i] = __fmaf_rn(sign, v[i], other);  // the product is exact: one rounding
     }
   }
+}
+
+// Two 16-bit floats in a word.
+template <class T>
+using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+template <class T>
+__device__ inline Pair<T> pair_of(uint32_t word) {
+  Pair<T> pair;
+  memcpy(&pair, &word, 4);
+  return pair;
+}
+template <class T>
+__device__ inline uint32_t word_of(Pair<T> pair) {
+  uint32_t word;
+  memcpy(&word, &pair, 4);
+  return word;
 }
 
 // A vector of T as it lies in memory; zeros past the row. Words are taken apart only when all loads
@@ -95,6 +111,20 @@ struct RawVector {
       unpack_16_bytes<T>(words, x);
     }
   }
+  __device__ void clear() { words = {}; }
+  // In one rounding to T, as the sum's rounding to float32 is never half-way between two of T.
+  __device__ void add(const RawVector& other) {
+    if constexpr (Traits::kVector == 1 || std::is_same_v<T, float>) {
+      typename Traits::Floats x, y;
+      to_floats(x), other.to_floats(y);
+#pragma unroll
+      for (int i = 0; i < Traits::kVector; ++i) x[i] += y[i];
+      from_floats(x);
+    } else {
+      add_pairs(words.x, other.words.x), add_pairs(words.y, other.words.y);
+      add_pairs(words.z, other.words.z), add_pairs(words.w, other.words.w);
+    }
+  }
   __device__ void from_floats(const typename Traits::Floats& x) {
     if constexpr (Traits::kVector == 1) {
       words = from_float<T>(x[0]);
@@ -102,28 +132,74 @@ struct RawVector {
       words = pack_16_bytes<T>(x);
     }
   }
+
+ private:
+  __device__ static void add_pairs(uint32_t& word, uint32_t other) {
+    word = word_of<T>(__hadd2_rn(pair_of<T>(word), pair_of<T>(other)));
+  }
 };
 
 // Elements of a vector along the columns: weight, bias or smooth; zeros past them.
-template <class Traits>
-__device__ inline void load_columns(const VectorView& v, typename Traits::Index at, bool is_there,
-                                    typename Traits::Floats& x) {
-  using T = typename Traits::T;
-  if (std::is_same_v<T, float> || v.dtype != DType::kFloat32) {
+template <class Traits, bool kIsT>
+__device__ inline void load_columns_as(const VectorView& v, typename Traits::Index at,
+                                       bool is_there, typename Traits::Floats& x) {
+  if constexpr (kIsT) {
     RawVector<Traits> raw;
     raw.template load<true>(v.data, v.stride, at, is_there);
-    return raw.to_floats(x);
-  }
-  const float* const from = static_cast<const float*>(v.data) + at * v.stride;
-  if constexpr (Traits::kVector == 1) {
-    x[0] = is_there ? __ldg(from) : 0;
+    raw.to_floats(x);
+  } else if constexpr (Traits::kVector == 1) {
+    x[0] = is_there ? __ldg(static_cast<const float*>(v.data) + at * v.stride) : 0;
   } else {
+    const float* const from = static_cast<const float*>(v.data) + at;
 #pragma unroll
     for (int i = 0; i < Traits::kVector; i += 4) {
       float4 four = {};
       if (is_there) four = __ldg(reinterpret_cast<const float4*>(from + i));
       x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
     }
+  }
+}
+template <class Traits>
+__device__ inline void load_columns(const VectorView& v, typename Traits::Index at, bool is_there,
+                                    typename Traits::Floats& x) {
+  if (std::is_same_v<typename Traits::T, float> || v.dtype != DType::kFloat32) {
+    load_columns_as<Traits, true>(v, at, is_there, x);
+  } else {
+    load_columns_as<Traits, false>(v, at, is_there, x);
+  }
+}
+
+// Flags the outliers of a vector, given by one bit each. All lanes of a warp together.
+template <class Traits>
+__device__ inline void flag_outliers(const QuantizeProblem& p, int64_t row,
+                                     typename Traits::Index at, uint32_t found) {
+  constexpr int kVector = Traits::kVector;
+  if (p.stride_mask == 0) {
+    if (found != 0) atomicOr(p.outlier_mask + at / 32, found << at % 32);
+    return;
+  }
+  // A byte at a time: by a thread with eight elements, by the first of two or of eight.
+  if constexpr (kVector < 8) {
+#pragma unroll
+    for (int lanes = 1; lanes * kVector < 8; lanes *= 2) {
+      found |= __shfl_down_sync(0xffffffffu, found, lanes) << lanes * kVector;
+    }
+    if (at % 8 != 0) return;
+  }
+  if (at >= p.cols) return;
+  auto* const mask = reinterpret_cast<uint8_t*>(p.outlier_mask + row * p.stride_mask);
+  mask[at / 8] = static_cast<uint8_t>(found);
+}
+
+template <RowRounding kRounding, class Traits>
+__device__ inline void store_quantized(const typename Traits::Floats& y, const RowScale& scale,
+                                       int8_t* q, int64_t stride, typename Traits::Index at) {
+  if constexpr (Traits::kVector == 1) {
+    q[at * stride] = quantize_element<kRounding, Traits::kExact>(y[0], scale);
+  } else {
+    PackedBytes<Traits::kVector> packed;
+    quantize_elements<kRounding, Traits::kExact>(y, scale, packed.words);
+    *reinterpret_cast<PackedBytes<Traits::kVector>*>(q + at) = packed;
   }
 }
 
@@ -139,12 +215,12 @@ class QuantizeRow {
 
   __device__ QuantizeRow(const QuantizeProblem& problem, int64_t row)
       : p_(problem),
+        row_index_(row),
         cols_(static_cast<Index>(problem.cols)),
         x_(row_of(p_.x, row * p_.stride_xr)),
         up_(row_of(p_.up.data, row * p_.up.stride_m)),
         residual_(row_of(p_.residual.data, row * p_.residual.stride_m)),
-        residual_out_(const_cast<T*>(row_of(p_.residual_out, row * p_.stride_or))),
-        mask_(p_.outlier_mask + row * p_.stride_mask) {}
+        residual_out_(const_cast<T*>(row_of(p_.residual_out, row * p_.stride_or))) {}
 
   // What memory has for y, or for a norm; zeros past the row.
   struct Loaded {
@@ -213,17 +289,11 @@ class QuantizeRow {
     }
   }
 
-  // What remains till y. A norm takes mean and scale; kRms leaves its scale to the quantisation.
+  // What remains till y. A norm takes mean and scale.
   __device__ void end(Index at, float mean, float scale, Floats& y) const {
     const bool is_there = at < cols_;
     Floats of_columns;
-    if constexpr (Traits::kSource == RowSource::kRms) {
-      if (p_.weight.data == nullptr) return;
-      load_columns<Traits>(p_.weight, at, is_there, of_columns);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) y[i] *= of_columns[i];
-    }
-    if constexpr (Traits::kSource == RowSource::kNorm) {
+    if constexpr (Traits::kIsNorm) {
       const bool has_mean = p_.norm == Norm::kLayer;
 #pragma unroll
       for (float& x : y) x = (has_mean ? x - mean : x) * scale;
@@ -241,7 +311,6 @@ class QuantizeRow {
         for (int i = 0; i < kVector; ++i) y[i] += of_columns[i];
       }
     }
-    if constexpr (!Traits::kOptions) return;
     if (p_.smooth.data != nullptr) {
       load_columns<Traits>(p_.smooth, at, is_there, of_columns);
 #pragma unroll
@@ -266,26 +335,14 @@ class QuantizeRow {
       found |= static_cast<uint32_t>(is_outlier) << i;
       y[i] = is_outlier ? 0.0f : y[i];
     }
-    if (p_.stride_mask == 0) {
-      if (found != 0) atomicOr(mask_ + at / 32, found << at % 32);
-      return;
-    }
-    // A byte at a time: by a thread with eight elements, by the first of two or of eight.
-    if constexpr (kVector < 8) {
-#pragma unroll
-      for (int lanes = 1; lanes * kVector < 8; lanes *= 2) {
-        found |= __shfl_down_sync(0xffffffffu, found, lanes) << lanes * kVector;
-      }
-      if (at % 8 != 0) return;
-    }
-    if (at < cols_) reinterpret_cast<uint8_t*>(mask_)[at / 8] = static_cast<uint8_t>(found);
+    flag_outliers<Traits>(p_, row_index_, at, found);
   }
 
   const QuantizeProblem& p_;
+  const int64_t row_index_;
   const Index cols_;
   const T *x_, *up_, *residual_;
   T* residual_out_;
-  uint32_t* mask_;
 };
 
 }  // namespace fastq::cuda

@@ -8,51 +8,27 @@
 //   q = clamp(round_half_even(y / scale) + zero_point)
 //
 // A block has a row. Where rows are contiguous and aligned it reads 16 bytes at a time; other
-// layouts are read element by element. y, and before it a norm's h, are held as float32, so that
-// memory is read once: in registers, on Hopper by a cluster of blocks where one has too few; else
-// in shared memory. (Rows in flight are what keeps memory busy, so registers are few.) Of a row
-// that does not fit there, what remains is read again for each step, from L2.
+// layouts are read element by element. What memory has is read once and held: in registers
+// (quantize_held_rows.cuh), on Hopper by a cluster of blocks where one has too few; else, here, y
+// and before it a norm's h as float32 in shared memory. (Rows in flight are what keeps memory busy,
+// so registers are few.) Of a row that does not fit there, what remains is read again for each
+// step, from L2.
 //
 // An RMS norm without bias or options takes two steps instead of three: its largest element follows
 // from that of h * weight, and its scale multiplies the row's.
 //
 // Template parameters are the dtype, the source and the vector, which shape the registers, and
-// whether there may be more than a dynamic symmetric scale (all that few have: division by smooth,
-// rotation, zero points, static scales, a product with up and no activation but relu), which would
-// double the code; all else is a branch that is the same for a whole row.
+// whether there may be what few have (division by smooth, rotation, a product with up and no
+// activation but relu; zero points and static scales of what is no plain row), which would double
+// the code; all else is a branch that is the same for a whole row.
 #pragma once
 
+#include "quantize/quantize_held_rows.cuh"
 #include "quantize/quantize_row.cuh"
+#include "quantize/row_reduction.cuh"
 #include "runtime/dependent_launch.cuh"
 
 namespace fastq::cuda {
-
-// A sum or a maximum of a block's threads, the same in all of them. `of_warp` is used once.
-__device__ inline float sum_of_warp(float value) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
-  return value;
-}
-__device__ inline float sum_of_block(float value, float (&of_warp)[kMaxQuantizeThreads / 32]) {
-  value = sum_of_warp(value);
-  if (blockDim.x == 32) return value;
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
-  __syncthreads();
-  const unsigned warps = blockDim.x / 32;
-  if (warps > 4) return sum_of_warp(threadIdx.x % 32 < warps ? of_warp[threadIdx.x % 32] : 0);
-  value = of_warp[0];
-  for (unsigned i = 1; i < warps; ++i) value += of_warp[i];
-  return value;
-}
-__device__ inline uint32_t maximum_of_block(float value,
-                                            uint32_t (&of_warp)[kMaxQuantizeThreads / 32]) {
-  const uint32_t bits = __reduce_max_sync(0xffffffffu, __float_as_uint(value));
-  if (blockDim.x == 32) return bits;
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = bits;
-  __syncthreads();
-  return __reduce_max_sync(0xffffffffu,
-                           threadIdx.x % 32 < blockDim.x / 32 ? of_warp[threadIdx.x % 32] : 0);
-}
 
 // The largest magnitudes of a row's elements; where it is asymmetric, of those above and below 0.
 struct Extremes {
@@ -70,75 +46,7 @@ struct Extremes {
   }
 };
 
-template <RowRounding kRounding, class Traits>
-__device__ inline void store_quantized(const typename Traits::Floats& y, const RowScale& scale,
-                                       int8_t* q, int64_t stride, typename Traits::Index at) {
-  if constexpr (Traits::kVector == 1) {
-    q[at * stride] = quantize_element<kRounding, Traits::kExact>(y[0], scale);
-  } else {
-    struct alignas(Traits::kVector) Packed {
-      uint32_t words[Traits::kVector / 4];
-    } packed;
-    quantize_elements<kRounding, Traits::kExact>(y, scale, packed.words);
-    *reinterpret_cast<Packed*>(q + at) = packed;
-  }
-}
-
-// The blocks that have a row: those of a cluster, or one.
-struct RowBlocks {
-  uint32_t count = 1, rank = 0;
-
-  __device__ RowBlocks() {
-#if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  }
-  __device__ void sync() const {
-#if __CUDA_ARCH__ >= 900
-    if (count == 1) return;
-    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
-#endif
-  }
-  // What the block of a rank has at the place of `mine`, which is in shared memory.
-  __device__ static uint32_t value_of(const uint32_t& mine, uint32_t rank) {
-    uint32_t value = mine;
-#if __CUDA_ARCH__ >= 900
-    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(&mine));
-    asm volatile("mapa.shared::cluster.u32 %0, %0, %1;\n" : "+r"(address) : "r"(rank));
-    asm volatile("ld.shared::cluster.u32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
-#endif
-    return value;
-  }
-};
-
-// The same over all blocks of a row. `of_block` is used once.
-__device__ inline float sum_of_row(const RowBlocks& blocks, float value,
-                                   float (&of_warp)[kMaxQuantizeThreads / 32], uint32_t& of_block) {
-  value = sum_of_block(value, of_warp);
-  if (blocks.count == 1) return value;
-  if (threadIdx.x == 0) of_block = __float_as_uint(value);
-  blocks.sync();
-  value = 0;
-  for (uint32_t i = 0; i < blocks.count; ++i) {
-    value += __uint_as_float(RowBlocks::value_of(of_block, i));
-  }
-  return value;
-}
-__device__ inline uint32_t maximum_of_row(const RowBlocks& blocks, float value,
-                                          uint32_t (&of_warp)[kMaxQuantizeThreads / 32],
-                                          uint32_t& of_block) {
-  uint32_t bits = maximum_of_block(value, of_warp);
-  if (blocks.count == 1) return bits;
-  if (threadIdx.x == 0) of_block = bits;
-  blocks.sync();
-  for (uint32_t i = 0; i < blocks.count; ++i) bits = max(bits, RowBlocks::value_of(of_block, i));
-  return bits;
-}
-
-// A row, step by step. Each thread has every n-th vector of it, all the way, n the threads of the
-// row's blocks.
+// A row, step by step. Each thread has every n-th vector of it, all the way, n the block's threads.
 template <class Traits>
 class RowQuantizer {
  public:
@@ -146,12 +54,11 @@ class RowQuantizer {
   using Floats = typename Traits::Floats;
   static constexpr int kVector = Traits::kVector;
 
-  __device__ RowQuantizer(const QuantizeParams& params, const RowBlocks& blocks, int64_t row,
-                          float* held)
+  __device__ RowQuantizer(const QuantizeParams& params, int64_t row, float* held)
       : p_(params.problem),
         row_(params.problem, row),
-        step_(static_cast<Index>(blocks.count * blockDim.x) * kVector),
-        first_(static_cast<Index>(blocks.rank * blockDim.x + threadIdx.x) * kVector),
+        step_(static_cast<Index>(blockDim.x) * kVector),
+        first_(static_cast<Index>(threadIdx.x) * kVector),
         cols_(static_cast<Index>(params.problem.cols)),
         held_cols_(params.held),
         held_(held) {}
@@ -161,7 +68,7 @@ class RowQuantizer {
     const bool is_layer = Traits::kIsNorm && p_.norm == Norm::kLayer;
     for_each([&](Index at, Floats& y) {
       if constexpr (Traits::kIsNorm) sum = add(y, !is_layer, 0, sum);
-      if constexpr (Traits::kSource != RowSource::kNorm) end(at, y);
+      if constexpr (!Traits::kIsNorm) end(at, y);
     });
   }
 
@@ -173,25 +80,16 @@ class RowQuantizer {
 
   // From h to y.
   __device__ void normalize() {
-    if constexpr (Traits::kInRegisters > 0) {
-#pragma unroll
-      for (int i = 0; i < Traits::kInRegisters; ++i) {
-        if (i * step() < cols_) end(i * step() + first(), y_[i]);
-      }
-    } else {
-      for_each_again([&](Index at, Floats& y) {
-        end(at, y);
-        if (at < held_cols_) put(at, y);
-      });
-    }
+    for_each_again([&](Index at, Floats& y) {
+      end(at, y);
+      if (at < held_cols_) put(at, y);
+    });
   }
 
   template <RowRounding kRounding>
   __device__ void store(int8_t* q, const RowScale& scale) const {
     for_each_again([&](Index at, auto& y) {
-      if constexpr (Traits::kInRegisters == 0) {
-        if (at >= held_cols_) row_.end(at, mean, norm_scale, y);
-      }
+      if (at >= held_cols_) row_.end(at, mean, norm_scale, y);
       if (at < cols_) store_quantized<kRounding, Traits>(y, scale, q, p_.stride_qc, at);
     });
   }
@@ -209,8 +107,7 @@ class RowQuantizer {
 
   __device__ void end(Index at, Floats& y) {
     row_.end(at, mean, norm_scale, y);
-    if (Traits::kOptions && p_.is_static) return;
-    extremes.take(y, Traits::kOptions && p_.zero_point != nullptr);
+    if (!p_.is_static) extremes.take(y, p_.zero_point != nullptr);
   }
 
   __device__ Index step() const { return step_; }
@@ -262,22 +159,15 @@ class RowQuantizer {
     }
   }
   template <class Visit>
-  __device__ void for_each(const Visit& visit) {
-    if constexpr (Traits::kInRegisters > 0) {
-#pragma unroll
-      for (int i = 0; i < Traits::kInRegisters; i += Traits::kAtATime) {
-        read(i * step(), &y_[i], visit);
-      }
-    } else {
+  __device__ void for_each(const Visit& visit) const {
 #pragma unroll 1
-      for (Index begin = 0; begin < cols_; begin += Traits::kAtATime * step()) {
-        Floats y[Traits::kAtATime];
-        read(begin, y, visit);
+    for (Index begin = 0; begin < cols_; begin += Traits::kAtATime * step()) {
+      Floats y[Traits::kAtATime];
+      read(begin, y, visit);
 #pragma unroll
-        for (int i = 0; i < Traits::kAtATime; ++i) {
-          const Index at = begin + i * step() + first();
-          if (at < held_cols_) put(at, y[i]);
-        }
+      for (int i = 0; i < Traits::kAtATime; ++i) {
+        const Index at = begin + i * step() + first();
+        if (at < held_cols_) put(at, y[i]);
       }
     }
   }
@@ -285,28 +175,21 @@ class RowQuantizer {
   // Once more: what is held, and the rest from memory.
   template <class Visit>
   __device__ void for_each_again(const Visit& visit) const {
-    if constexpr (Traits::kInRegisters > 0) {
-#pragma unroll
-      for (int i = 0; i < Traits::kInRegisters; ++i) {
-        if (i * step() < cols_) visit(i * step() + first(), y_[i]);
-      }
-    } else {
 #pragma unroll 1
-      for (Index begin = 0; begin < cols_; begin += Traits::kAtATime * step()) {
-        Floats x[Traits::kAtATime];
+    for (Index begin = 0; begin < cols_; begin += Traits::kAtATime * step()) {
+      Floats x[Traits::kAtATime];
 #pragma unroll
-        for (int i = 0; i < Traits::kAtATime; ++i) {
-          const Index at = begin + i * step() + first();
-          if (begin + i * step() < held_cols_) {
-            get(at, x[i]);
-          } else if (begin + i * step() < cols_) {
-            row_.begin_again(at, row_.load_again(at), x[i]);
-          }
+      for (int i = 0; i < Traits::kAtATime; ++i) {
+        const Index at = begin + i * step() + first();
+        if (begin + i * step() < held_cols_) {
+          get(at, x[i]);
+        } else if (begin + i * step() < cols_) {
+          row_.begin_again(at, row_.load_again(at), x[i]);
         }
+      }
 #pragma unroll
-        for (int i = 0; i < Traits::kAtATime; ++i) {
-          if (begin + i * step() < cols_) visit(begin + i * step() + first(), x[i]);
-        }
+      for (int i = 0; i < Traits::kAtATime; ++i) {
+        if (begin + i * step() < cols_) visit(begin + i * step() + first(), x[i]);
       }
     }
   }
@@ -316,74 +199,59 @@ class RowQuantizer {
   const Index step_, first_;
   const Index cols_, held_cols_;
   float* const held_;
-  Floats y_[Traits::kInRegisters > 0 ? Traits::kInRegisters : 1];
 };
 
 template <class Traits>
-__device__ inline void quantize_row(const QuantizeParams& params, const RowBlocks& blocks,
-                                    float* held) {
-  __shared__ float sums[2][kMaxQuantizeThreads / 32];
-  __shared__ uint32_t maxima[2][kMaxQuantizeThreads / 32];
-  __shared__ uint32_t of_block[4];
+__device__ inline void quantize_row(const QuantizeParams& params, float* held) {
+  __shared__ RowExchange exchange;
   const QuantizeProblem& p = params.problem;
-  const int64_t index = blockIdx.x / blocks.count;
-  const bool writes_scale = threadIdx.x == 0 && blocks.rank == 0;
-  RowQuantizer<Traits> row(params, blocks, index, held);
+  const int64_t index = blockIdx.x;
+  RowQuantizer<Traits> row(params, index, held);
   row.begin();
-  const auto norm_scale = [&] {
-    const float sum = sum_of_row(blocks, row.sum, sums[1], of_block[1]);
-    return rsqrtf(sum * params.inverse_cols + p.eps);
-  };
-  if constexpr (Traits::kSource == RowSource::kNorm) {
+  if constexpr (Traits::kIsNorm) {
     if (p.norm == Norm::kLayer) {
-      row.mean = sum_of_row(blocks, row.sum, sums[0], of_block[0]) * params.inverse_cols;
+      row.mean = sum_of_block(row.sum, exchange.sums[0]) * params.inverse_cols;
       row.sum_squares();
     }
-    row.norm_scale = norm_scale();
+    const float sum = sum_of_block(row.sum, exchange.sums[1]);
+    row.norm_scale = rsqrtf(sum * params.inverse_cols + p.eps);
     row.normalize();
   }
   int8_t* const q = p.q + index * p.stride_qr;
-  if (Traits::kSource == RowSource::kOutliers && blocks.rank == 0 &&
-      p.cols + threadIdx.x < p.padded_cols) {
+  if (Traits::kSource == RowSource::kOutliers && p.cols + threadIdx.x < p.padded_cols) {
     q[p.cols + threadIdx.x] = 0;
   }
-  if (Traits::kOptions && p.is_static) {
+  if (p.is_static) {
     return row.template store<RowRounding::kStatic>(q, static_scale(*p.scale, p.zero_point));
   }
-  if constexpr (Traits::kSource == RowSource::kRms) {
-    // y is norm_scale times what is held.
-    row.norm_scale = norm_scale();
-    const float most =
-        __uint_as_float(maximum_of_row(blocks, row.extremes.above, maxima[0], of_block[2]));
-    RowScale scale = row_scale(__float_as_uint(most * row.norm_scale));
-    if (writes_scale) p.scale[index * p.stride_s] = scale.scale;
-    scale.inverse *= row.norm_scale;
-    return row.template store<RowRounding::kSymmetric>(q, scale);
-  }
-  const uint32_t above = maximum_of_row(blocks, row.extremes.above, maxima[0], of_block[2]);
-  if (Traits::kOptions && p.zero_point != nullptr) {
-    const uint32_t below = maximum_of_row(blocks, row.extremes.below, maxima[1], of_block[3]);
+  const uint32_t above = maximum_of_block(row.extremes.above, exchange.maxima[0]);
+  if (p.zero_point != nullptr) {
+    const uint32_t below = maximum_of_block(row.extremes.below, exchange.maxima[1]);
     const RowScale scale = row_scale(above, below);
-    if (writes_scale) {
+    if (threadIdx.x == 0) {
       p.scale[index * p.stride_s] = scale.scale;
       p.zero_point[index * p.stride_z] = scale.zero_point;
     }
     return row.template store<RowRounding::kAsymmetric>(q, scale);
   }
   const RowScale scale = row_scale(above);
-  if (writes_scale) p.scale[index * p.stride_s] = scale.scale;
+  if (threadIdx.x == 0) p.scale[index * p.stride_s] = scale.scale;
   row.template store<RowRounding::kSymmetric>(q, scale);
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
+__global__ void __launch_bounds__(Traits::kThreads, 1)
     quantize_rows(const __grid_constant__ QuantizeParams params) {
   extern __shared__ __align__(16) float held[];
   wait_for_predecessor();
   let_successor_start();
-  const RowBlocks blocks;
-  quantize_row<Traits>(params, blocks, held);
-  blocks.sync();  // the others may still read here
+  if constexpr (Traits::kInRegisters > 0) {
+    const RowBlocks blocks;
+    quantize_held_row<Traits>(params, blocks);
+    blocks.sync();  // the others may still read here
+  } else {
+    quantize_row<Traits>(params, held);
+  }
 }
 
 template <class T>

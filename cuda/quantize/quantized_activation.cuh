@@ -44,28 +44,26 @@ __device__ inline float quantized_gelu(float y) {
   return fmaf(-x * approximate_exp2(-0.72134752f * x * x), p, max_or_nan(y, 0.0f));
 }
 
+// use(f), f the function of an element; kIsPlain: relu at the most.
+template <bool kIsPlain, class Use>
+__device__ inline void with_quantized_activation(Activation activation, const Use& use) {
+  if (activation == Activation::kNone) return use([](float y) { return y; });
+  if (kIsPlain || activation == Activation::kRelu) {
+    return use([](float y) { return max_or_nan(y, 0.0f); });
+  }
+  if constexpr (!kIsPlain) {
+    if (activation == Activation::kGelu) return use([](float y) { return quantized_gelu(y); });
+    if (activation == Activation::kSilu) return use([](float y) { return quantized_silu(y); });
+    use([](float y) { return quantized_gelu_tanh(y); });
+  }
+}
+
 template <int kCount>
 __device__ inline void activate_quantized(Activation activation, float (&y)[kCount]) {
-  switch (activation) {
-    case Activation::kNone:
-      break;
-    case Activation::kRelu:
+  with_quantized_activation<false>(activation, [&](const auto& activate) {
 #pragma unroll
-      for (float& x : y) x = max_or_nan(x, 0.0f);
-      break;
-    case Activation::kGelu:
-#pragma unroll
-      for (float& x : y) x = quantized_gelu(x);
-      break;
-    case Activation::kGeluTanh:
-#pragma unroll
-      for (float& x : y) x = quantized_gelu_tanh(x);
-      break;
-    case Activation::kSilu:
-#pragma unroll
-      for (float& x : y) x = quantized_silu(x);
-      break;
-  }
+    for (float& x : y) x = activate(x);
+  });
 }
 
 }  // namespace fastq::cuda

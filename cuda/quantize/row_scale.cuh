@@ -14,8 +14,13 @@
 
 #include <cfloat>
 #include <cstdint>
+#include <type_traits>
+
+#include "runtime/float_io.cuh"
 
 namespace fastq::cuda {
+
+constexpr float kRounder = 0x1.8p23f;  // whose last bit is 1: a sum with it is a whole number
 
 __device__ inline uint32_t abs_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
@@ -59,13 +64,63 @@ __device__ inline RowScale row_with_scale(float scale) {
   return row;
 }
 
+// The same of any scale, for quotients up to 255.5 in magnitude. What can go wrong lies next to a
+// number half-way between two whole ones: there is at most one of T for each, and the threads of a
+// block try them all, together. Factor and quotient are off by 2^-24 of themselves at the most;
+// where that matters, as half the largest element does in a row without negative ones, a factor
+// 2^-21 larger or smaller may do. Powers of two have exact factors.
+template <class T>
+__device__ inline float factor_of_any(float scale) {
+  const float factor = reciprocal(scale);
+  if ((__float_as_uint(scale) & 0x7fffffu) == 0) return factor;
+  const float tried[3] = {factor, __fmaf_rn(factor, 0x1p-21f, factor),
+                          __fmaf_rn(factor, -0x1p-21f, factor)};
+  uint32_t wrong = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < 256; i += blockDim.x) {
+    const float half_way = static_cast<float>(i) + 0.5f;
+    const float x = to_float(from_float<T>(half_way * scale));
+    if (!(fabsf(__fmaf_rn(x, factor, -half_way)) <= half_way * 0x1p-20f)) continue;
+    const float right = __fadd_rn(__fdiv_rn(x, scale), kRounder);
+#pragma unroll
+    for (int k = 0; k < 3; ++k) wrong |= (__fmaf_rn(x, tried[k], kRounder) != right) << k;
+  }
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    if (__syncthreads_or(wrong >> k & 1) == 0) return tried[k];
+  }
+  return 0;
+}
+
 // Symmetric. fmaxf would turn a NaN into FLT_MIN.
-__device__ inline RowScale row_scale(uint32_t absmax_bits) {
+__device__ inline float symmetric_scale(uint32_t absmax_bits) {
   const float absmax = __uint_as_float(absmax_bits);
   const bool is_finite = absmax_bits < 0x7f800000u;
-  return row_with_scale(absmax_bits == 0 ? 1.0f
-                        : is_finite      ? fmaxf(over_127(absmax), FLT_MIN)
-                                         : absmax);
+  return absmax_bits == 0 ? 1.0f : is_finite ? fmaxf(over_127(absmax), FLT_MIN) : absmax;
+}
+__device__ inline RowScale row_scale(uint32_t absmax_bits) {
+  return row_with_scale(symmetric_scale(absmax_bits));
+}
+
+// A factor with which q = round_half_even(x * factor), in one rounding, is the q that the division
+// gives, for each x of a row of 16-bit floats and the row's largest magnitude absmax; or 0 where
+// there is none.
+//
+// x and absmax have p significant bits, 8 or 11. x / absmax * 127 is half-way between whole numbers
+// where 254 x = (2n + 1) absmax, and else at least 2^-(8 + p) of itself away from that, which a
+// factor within 2^-20 of 1 / scale does not bridge. 127 is prime. So either 2n + 1 is 127: x is
+// absmax / 2, the one element of its row to which the roundings of scale and quotient matter; the
+// factor is made 2^-21 larger or smaller to bring it where they do. Or absmax is 127 times a number
+// that is then the scale, exactly; if a power of two (always, with 8 bits), the factor is exact as
+// well. (Tried out on every pair of x and absmax of both dtypes.)
+template <class T>
+__device__ inline float factor_of_halves(float absmax, float scale) {
+  static_assert(sizeof(T) == 2);
+  const float inverse = reciprocal(scale);
+  if ((__float_as_uint(scale) & 0x7fffffu) == 0) return inverse;
+  if (std::is_same_v<T, __half> && __fmaf_rn(-127.0f, scale, absmax) == 0) return 0;
+  const bool is_less = __fdiv_rn(0.5f * absmax, scale) < 63.5f;
+  return __fmaf_rn(inverse, is_less ? -0x1p-21f : 0x1p-21f, inverse);
 }
 
 __device__ inline RowScale static_scale(float scale, const int* zero_point) {
@@ -103,24 +158,95 @@ __device__ inline float quotient(float lifted, const RowScale& row) {
 // static one of either kind, out of whose range elements may be.
 enum class RowRounding { kSymmetric, kAsymmetric, kStatic };
 
-// q in the lowest byte, of an element that has been lifted.
+// What q is in the last bits of, of an element that has been lifted; a zero point comes after.
 template <RowRounding kRounding, bool kExact>
 __device__ inline uint32_t quantized_bits(float x, const RowScale& row) {
-  constexpr float kRounder = 0x1.8p23f;  // whose last bit is 1: a sum with it is a whole number
-  const float clamped = kRounding == RowRounding::kStatic ? fminf(fmaxf(x, row.low), row.high) : x;
-  const uint32_t bits = __float_as_uint(kExact ? __fadd_rn(quotient(clamped, row), kRounder)
-                                               : __fmaf_rn(clamped, row.inverse, kRounder));
-  if (kRounding == RowRounding::kSymmetric) return bits;
-  // The largest element of a row may be 128: zero_point and its quotient may both be rounded up.
-  const int q = min(static_cast<int>(bits - __float_as_uint(kRounder)) + row.zero_point, 127);
-  return static_cast<uint32_t>(kRounding == RowRounding::kStatic && x != x ? -128 : q);
+  if (kRounding == RowRounding::kStatic) x = fminf(fmaxf(x, row.low), row.high);
+  return __float_as_uint(kExact ? __fadd_rn(quotient(x, row), kRounder)
+                                : __fmaf_rn(x, row.inverse, kRounder));
+}
+// The largest element of a row may be 128: zero_point and its quotient may both be rounded up.
+template <RowRounding kRounding>
+__device__ inline int shifted(float x, uint32_t bits, const RowScale& row) {
+  if (kRounding == RowRounding::kStatic && x != x) return -128;
+  return static_cast<int>(bits - __float_as_uint(kRounder)) + row.zero_point;
 }
 
-// Elements to q, four in a word.
+// The lowest bytes of four.
+__device__ inline uint32_t lowest_bytes(const uint32_t (&bits)[4]) {
+  const uint32_t low = __byte_perm(bits[0], bits[1], 0x0040);
+  return __byte_perm(low, __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
+}
+
+// Four numbers clamped to -128..127.
+__device__ inline uint32_t saturated_bytes(const int (&x)[4]) {
+  uint32_t high, all;
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(x[3]), "r"(x[2]));
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(x[1]), "r"(x[0]), "r"(high));
+  return all;
+}
+
+// A vector of q as it is stored at once.
+template <int kCount>
+struct alignas(kCount) PackedBytes {
+  uint32_t words[kCount / 4];
+};
+
+// Each element's product with a factor, rounded.
+template <int kCount>
+__device__ inline PackedBytes<kCount> rounded_products(const float (&x)[kCount], float factor) {
+  PackedBytes<kCount> q;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    uint32_t bits[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) bits[j] = __float_as_uint(__fmaf_rn(x[i + j], factor, kRounder));
+    q.words[i / 4] = lowest_bytes(bits);
+  }
+  return q;
+}
+
+// The same plus a zero point, clamped to -128..127. Products are below 2^22 in magnitude.
+template <int kCount>
+__device__ inline PackedBytes<kCount> shifted_products(const float (&x)[kCount], float factor,
+                                                       int zero_point) {
+  PackedBytes<kCount> q;
+  const int shift = zero_point - __float_as_int(kRounder);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    int its[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      its[j] = __float_as_int(__fmaf_rn(x[i + j], factor, kRounder)) + shift;
+    }
+    q.words[i / 4] = saturated_bytes(its);
+  }
+  return q;
+}
+
+// Elements to q; quantized_bytes of a row with a finite scale, and lifted.
+template <RowRounding kRounding, bool kExact, int kCount>
+__device__ inline PackedBytes<kCount> quantized_bytes(const float (&x)[kCount],
+                                                      const RowScale& row) {
+  static_assert(kCount % 4 == 0);
+  PackedBytes<kCount> q;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    uint32_t bits[4];
+    int its[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      bits[j] = quantized_bits<kRounding, kExact>(x[i + j], row);
+      its[j] = shifted<kRounding>(x[i + j], bits[j], row);
+    }
+    q.words[i / 4] =
+        kRounding == RowRounding::kSymmetric ? lowest_bytes(bits) : saturated_bytes(its);
+  }
+  return q;
+}
 template <RowRounding kRounding, bool kExact, int kCount>
 __device__ inline void quantize_elements(const float (&elements)[kCount], const RowScale& row,
                                          uint32_t (&q)[kCount / 4]) {
-  static_assert(kCount % 4 == 0);
   float x[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) x[i] = elements[i];
@@ -128,20 +254,18 @@ __device__ inline void quantize_elements(const float (&elements)[kCount], const 
 #pragma unroll
     for (float& y : x) y *= row.lift;
   }
+  const PackedBytes<kCount> bytes = quantized_bytes<kRounding, kExact>(x, row);
 #pragma unroll
-  for (int i = 0; i < kCount; i += 4) {
-    uint32_t bits[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) bits[j] = quantized_bits<kRounding, kExact>(x[i + j], row);
-    const uint32_t low = __byte_perm(bits[0], bits[1], 0x0040);
-    const uint32_t high = __byte_perm(bits[2], bits[3], 0x0040);
-    q[i / 4] = __byte_perm(low, high, 0x5410) & row.kept;
-  }
+  for (int i = 0; i < kCount / 4; ++i) q[i] = bytes.words[i] & row.kept;
 }
 
 template <RowRounding kRounding, bool kExact>
 __device__ inline int8_t quantize_element(float x, const RowScale& row) {
-  return static_cast<int8_t>(quantized_bits<kRounding, kExact>(x * row.lift, row) & row.kept);
+  x *= row.lift;
+  const uint32_t bits = quantized_bits<kRounding, kExact>(x, row);
+  const int q = kRounding == RowRounding::kSymmetric ? static_cast<int>(bits)
+                                                     : min(shifted<kRounding>(x, bits, row), 127);
+  return static_cast<int8_t>(q & row.kept);
 }
 
 }  // namespace fastq::cuda

@@ -1,0 +1,64 @@
+// Where the vectors lie that a thread holds of its row.
+#pragma once
+
+#include "quantize/quantize_row.cuh"
+#include "quantize/row_reduction.cuh"
+
+namespace fastq::cuda {
+
+// Whether a vector along the columns is there, and in x's dtype.
+template <class T>
+__device__ inline bool is_usual(const VectorView& v) {
+  return v.data != nullptr && (std::is_same_v<T, float> || v.dtype != DType::kFloat32);
+}
+
+// A pointer that is worked out once: without this the compiler adds its parts up anew for each
+// load.
+template <class P>
+__device__ inline P* worked_out(P* pointer) {
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
+// Of q's vectors. Without a sign there is nothing to extend to 64 bits.
+template <int kVector>
+__device__ inline void store_packed(const PackedBytes<kVector>& packed, int8_t* q, int at) {
+  *reinterpret_cast<PackedBytes<kVector>*>(q + static_cast<uint32_t>(at)) = packed;
+}
+
+// Where a thread's vectors of a row lie. kIsFull: all threads have as many as fit, so that nothing
+// is asked (and a norm's weight and bias are the usual ones). Else where one has fewer than others
+// its first is done once more, and in a thread without any the row's last: that changes no extreme,
+// and is written as it is; but sums leave it out.
+template <class Traits, bool kIsFull>
+struct HeldVectors {
+  static constexpr int kVectors = Traits::kInRegisters;
+  const int count, step, first, last;
+
+  __device__ HeldVectors(const QuantizeParams& params, const RowBlocks& blocks)
+      : count(params.vectors),
+        step(static_cast<int>(blocks.count * blockDim.x) * Traits::kVector),
+        first(static_cast<int>(blocks.rank * blockDim.x + threadIdx.x) * Traits::kVector),
+        last(static_cast<int>(params.problem.cols) - Traits::kVector) {}
+
+  __device__ bool is_any(int i) const { return kIsFull || i < count; }  // in any thread
+  __device__ bool is_there(int i) const { return kIsFull || i * step + first <= last; }
+  __device__ int at(int i) const { return is_there(i) ? i * step + first : i == 0 ? last : first; }
+
+  // visit(i, at), of each vector that some thread has.
+  template <class Visit>
+  __device__ void for_each(const Visit& visit) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (is_any(i)) visit(i, at(i));
+    }
+  }
+
+  // The q of a row with a NaN or an Inf.
+  __device__ void store_zeros(int8_t* q) const {
+    for_each([&](int, int at) { store_packed(PackedBytes<Traits::kVector>{}, q, at); });
+  }
+};
+
+}  // namespace fastq::cuda

@@ -1,0 +1,331 @@
+// Rows that lie in registers: each thread has every n-th vector of one, n the threads of its
+// blocks. Plain ones are in held_words.cuh; a norm, an activation, or what options make of a plain
+// row is held as float32.
+//
+// Instructions bound these kernels before memory does, so they are counted here: rows whose threads
+// are all as busy are spared all questions.
+#pragma once
+
+#include "quantize/held_vectors.cuh"
+#include "quantize/held_words.cuh"
+
+namespace fastq::cuda {
+
+// A row as float32: a norm, an activation, or what options make of a plain one.
+template <class Traits, bool kIsFull>
+class HeldFloats {
+ public:
+  using T = typename Traits::T;
+  using Floats = typename Traits::Floats;
+  using Raw = RawVector<Traits>;
+  static constexpr int kVector = Traits::kVector, kVectors = Traits::kInRegisters;
+  static constexpr bool kHasOther = Traits::kIsNorm || Traits::kMultiplies;
+
+  __device__ HeldFloats(const QuantizeParams& params, const RowBlocks& blocks,
+                        RowExchange& exchange)
+      : params_(params),
+        p_(params.problem),
+        blocks_(blocks),
+        exchange_(exchange),
+        vectors_(params, blocks) {}
+
+  __device__ void quantize() {
+    begin();
+    int8_t* const q = worked_out(p_.q + blocks_.row * p_.stride_qr);
+    const bool writes_scale = threadIdx.x == 0 && blocks_.rank == 0;
+    if constexpr (Traits::kIsNorm) normalize();
+    if constexpr (Traits::kOptions) finish();
+    if (Traits::kOptions && p_.is_static) {
+      return store<RowRounding::kStatic>(q, static_scale(*p_.scale, p_.zero_point));
+    }
+    if (Traits::kOptions && p_.zero_point != nullptr) {
+      const auto [above, below] = extremes();
+      const RowScale scale = row_scale(above, below);
+      if (writes_scale) {
+        p_.scale[blocks_.row * p_.stride_s] = scale.scale;
+        p_.zero_point[blocks_.row * p_.stride_z] = scale.zero_point;
+      }
+      return store<RowRounding::kAsymmetric>(q, scale);
+    }
+    float largest = 0;
+    vectors_.for_each([&](int i, int) {
+#pragma unroll
+      for (const float x : y_[i]) largest = max_or_nan(largest, fabsf(x));
+    });
+    // An RMS norm's scale is left to the quantisation.
+    float absmax = __uint_as_float(
+        maximum_of_row(blocks_, largest, exchange_.maxima[0], exchange_.of_block[0]));
+    if constexpr (Traits::kSource == RowSource::kRms) absmax *= norm_scale_;
+    const float scale = symmetric_scale(__float_as_uint(absmax));
+    if (writes_scale) p_.scale[blocks_.row * p_.stride_s] = scale;
+    if constexpr (Traits::kExact) {
+      return store<RowRounding::kSymmetric>(q, row_with_scale(scale));
+    } else {
+      if (__float_as_uint(absmax) >= 0x7f800000u) return vectors_.store_zeros(q);
+      float factor = reciprocal(scale);
+      if constexpr (Traits::kSource == RowSource::kRms) {
+        if (factor * norm_scale_ <= FLT_MAX) {
+          factor *= norm_scale_;
+        } else {
+          multiply(norm_scale_);
+        }
+      }
+      vectors_.for_each(
+          [&](int i, int at) { store_packed<kVector>(rounded_products(y_[i], factor), q, at); });
+    }
+  }
+
+ private:
+  // x, or the sum with the residual, written; activated; times up. All loads come first.
+  __device__ void begin() {
+    const auto row_of = [&](const void* data, int64_t stride) {
+      return worked_out(static_cast<const T*>(data) + blocks_.row * stride);
+    };
+    const MatrixView& matrix = Traits::kIsNorm ? p_.residual : p_.up;
+    const bool has_other = kHasOther && matrix.data != nullptr;
+    Raw raw[kVectors], others[kHasOther ? kVectors : 1];
+    const auto load = [&](Raw* to, const T* from) {
+      vectors_.for_each([&](int i, int at) { to[i].load(from, 1, at, true); });
+    };
+    load(raw, row_of(p_.x, p_.stride_xr));
+    if (has_other) load(others, row_of(matrix.data, matrix.stride_m));
+    if (Traits::kIsNorm && has_other) {
+      // The residual may be written in place. Only lanes of the same warp have copies of a vector
+      // that is not their own: of a row with less than one a lane, which has one warp.
+      __syncwarp();
+      T* const out = const_cast<T*>(row_of(p_.residual_out, p_.stride_or));
+      vectors_.for_each([&](int i, int at) {
+        raw[i].add(others[i]);
+        raw[i].store(out, 1, at);
+      });
+    }
+    if (Traits::kSource == RowSource::kRms && (kIsFull || is_usual<T>(p_.weight))) {
+      load(weights_, static_cast<const T*>(p_.weight.data));
+    }
+    const auto convert = [&](const auto& activate) {
+      vectors_.for_each([&](int i, int) {
+        raw[i].to_floats(y_[i]);
+#pragma unroll
+        for (float& y : y_[i]) y = activate(y);
+        if (!Traits::kMultiplies || !has_other) return;
+        Floats up;
+        others[kHasOther ? i : 0].to_floats(up);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) y_[i][j] = __fmul_rn(y_[i][j], up[j]);
+      });
+    };
+    if constexpr (Traits::kMultiplies) {
+      with_quantized_activation<Traits::kIsPlain>(p_.activation, convert);
+    } else {
+      convert([](float y) { return y; });
+    }
+  }
+
+  // From h to y; kRms leaves its scale.
+  __device__ void normalize() {
+    constexpr bool kIsRms = Traits::kSource == RowSource::kRms;
+    const bool are_usual = kIsFull || (!kIsRms && vectors_.is_any(0) && is_usual<T>(p_.weight) &&
+                                       is_usual<T>(p_.bias));
+    Columns columns;  // on their way while others still sum
+    if (!kIsRms && are_usual) columns = load_columns_of(0);
+    float sum = 0;
+    if (!kIsRms && p_.norm == Norm::kLayer) {
+      sum = sum_of_elements([](float h, float sum) { return sum + h; });
+      sum = sum_of_row(blocks_, sum, exchange_.sums[0], exchange_.of_block[2]);
+      const float mean = sum * params_.inverse_cols;
+      sum = sum_of_elements([&](float& h, float sum) {
+        h -= mean;
+        return fmaf(h, h, sum);
+      });
+    } else {
+      sum = sum_of_elements([](float h, float sum) { return fmaf(h, h, sum); });
+    }
+    if (kIsRms) weigh();
+    sum = sum_of_row(blocks_, sum, exchange_.sums[1], exchange_.of_block[3]);
+    norm_scale_ = rsqrtf(sum * params_.inverse_cols + p_.eps);
+    if (kIsRms) return;
+    if (are_usual) {
+      vectors_.for_each([&](int i, int) {
+        Floats weight, bias;
+        columns.weight.to_floats(weight), columns.bias.to_floats(bias);
+        if (i + 1 < kVectors && vectors_.is_any(i + 1)) columns = load_columns_of(i + 1);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          y_[i][j] = fmaf(y_[i][j], weight[j] * norm_scale_, bias[j]);
+        }
+      });
+    } else {
+      weigh_and_add();
+    }
+  }
+
+  // add(element, sum), which may change the element.
+  template <class Add>
+  __device__ float sum_of_elements(const Add& add) {
+    float sum = 0;
+    vectors_.for_each([&](int i, int) {
+      float of_vector = 0;
+#pragma unroll
+      for (float& h : y_[i]) of_vector = add(h, of_vector);
+      sum += vectors_.is_there(i) ? of_vector : 0;
+    });
+    return sum;
+  }
+
+  // Of weight and bias where both are usual.
+  struct Columns {
+    Raw weight, bias;
+  };
+  __device__ Columns load_columns_of(int i) const {
+    const int at = vectors_.at(i);
+    Columns its;
+    its.weight.template load<true>(p_.weight.data, 1, at, true);
+    its.bias.template load<true>(p_.bias.data, 1, at, true);
+    return its;
+  }
+
+  // y * weight.
+  __device__ void weigh() {
+    if (!kIsFull && p_.weight.data == nullptr) return;
+    const auto multiply = [&](const auto& get) {
+      vectors_.for_each([&](int i, int at) {
+        Floats weight;
+        get(i, at, weight);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) y_[i][j] *= weight[j];
+      });
+    };
+    if (kIsFull || is_usual<T>(p_.weight)) {
+      multiply([&](int i, int, Floats& weight) { weights_[i].to_floats(weight); });
+    } else {
+      multiply(
+          [&](int, int at, Floats& weight) { load_columns<Traits>(p_.weight, at, true, weight); });
+    }
+  }
+
+  // y * weight * scale + bias, of any kind.
+  __device__ void weigh_and_add() {
+    vectors_.for_each([&](int i, int at) {
+      Floats of_columns;
+      if (p_.weight.data != nullptr) {
+        load_columns<Traits>(p_.weight, at, true, of_columns);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) y_[i][j] *= of_columns[j];
+      }
+#pragma unroll
+      for (float& y : y_[i]) y *= norm_scale_;
+      if (p_.bias.data != nullptr) {
+        load_columns<Traits>(p_.bias, at, true, of_columns);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) y_[i][j] += of_columns[j];
+      }
+    });
+  }
+
+  // smooth and rotation.
+  __device__ void finish() {
+    if (p_.smooth.data != nullptr) {
+      if (is_usual<T>(p_.smooth)) {
+        divide<true>();
+      } else {
+        divide<false>();
+      }
+    }
+    if (p_.rotation != 0) {
+      if (!vectors_.is_there(0)) clear(0);  // groups end with the row: no other has lanes of these
+      vectors_.for_each([&](int i, int) { rotate(y_[i], p_.rotation); });
+    }
+  }
+
+  // By smooth, which has x's dtype or is float32.
+  template <bool kIsT>
+  __device__ void divide() {
+    vectors_.for_each([&](int i, int at) {
+      Floats smooth;
+      load_columns_as<Traits, kIsT>(p_.smooth, at, true, smooth);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) y_[i][j] = __fmul_rn(y_[i][j], reciprocal(smooth[j]));
+    });
+  }
+
+  struct Bits {
+    uint32_t above, below;
+  };
+  __device__ Bits extremes() {
+    float above = 0, below = 0;
+    vectors_.for_each([&](int i, int) {
+#pragma unroll
+      for (const float x : y_[i]) above = max_or_nan(above, x), below = max_or_nan(below, -x);
+    });
+    return {maximum_of_row(blocks_, above, exchange_.maxima[0], exchange_.of_block[0]),
+            maximum_of_row(blocks_, below, exchange_.maxima[1], exchange_.of_block[1])};
+  }
+
+  __device__ void clear(int i) {
+#pragma unroll
+    for (float& y : y_[i]) y = 0;
+  }
+
+  // Seldom. (The compiler would rather select each product than branch.)
+  __device__ void multiply(float factor) {
+    asm volatile("");
+    vectors_.for_each([&](int i, int) {
+#pragma unroll
+      for (float& y : y_[i]) y *= factor;
+    });
+  }
+
+  template <RowRounding kRounding>
+  __device__ void store(int8_t* q, const RowScale& scale) {
+    if (scale.kept == 0) return vectors_.store_zeros(q);
+    if (scale.lift != 1) multiply(scale.lift);
+    vectors_.for_each([&](int i, int at) {
+      if (i == 0 && !vectors_.is_there(0)) return;  // a rotation of copies is none
+      store_packed<kVector>(quantized_bytes<kRounding, Traits::kExact>(y_[i], scale), q, at);
+    });
+  }
+
+  const QuantizeParams& params_;
+  const QuantizeProblem& p_;
+  const RowBlocks& blocks_;
+  RowExchange& exchange_;
+  const HeldVectors<Traits, kIsFull> vectors_;
+  float norm_scale_ = 1;
+  Raw weights_[Traits::kSource == RowSource::kRms ? kVectors : 1];
+  Floats y_[kVectors];
+};
+
+template <class Traits, bool kIsFull>
+__device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks,
+                                         RowExchange& exchange) {
+  if constexpr (Traits::kHoldsWords) {
+    HeldWords<Traits, kIsFull>(params, blocks, exchange).quantize();
+  } else {
+    HeldFloats<Traits, kIsFull>(params, blocks, exchange).quantize();
+  }
+}
+
+template <class Traits>
+__device__ inline bool is_full(const QuantizeParams& params, const RowBlocks& blocks) {
+  using T = typename Traits::T;
+  const QuantizeProblem& p = params.problem;
+  constexpr int kElements = Traits::kInRegisters * Traits::kVector;
+  if (Traits::kOptions || Traits::kSource == RowSource::kOutliers) return false;
+  if (Traits::kHoldsWords && std::is_same_v<T, float>) return false;
+  if (p.zero_point != nullptr || p.is_static) return false;  // would take more registers
+  if (Traits::kIsNorm && !is_usual<T>(p.weight)) return false;
+  if (Traits::kSource == RowSource::kNorm && !is_usual<T>(p.bias)) return false;
+  return p.cols == int64_t{blocks.count * blockDim.x} * kElements;
+}
+
+template <class Traits>
+__device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks) {
+  __shared__ RowExchange exchange;
+  if (is_full<Traits>(params, blocks)) {
+    quantize_held_row<Traits, true>(params, blocks, exchange);
+  } else {
+    quantize_held_row<Traits, false>(params, blocks, exchange);
+  }
+}
+
+}  // namespace fastq::cuda
