@@ -212,6 +212,7 @@ def test_refuses_other_inputs(programs, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "model")
     inputs, output = hidden_states(torch.float32), tmp_path / "out.safetensors"
     for changed, layer, message in (
+        ({"prompt": inputs["prompt"].flatten()}, LAYER, "prompt must be (batch, seqlen, hidden_"),
         ({"prompt": inputs["prompt"][:0]}, LAYER, "prompt must be (batch, seqlen, hidden_size)"),
         ({"steps": inputs["steps"][:, :1]}, LAYER, "steps must be (num_steps, batch, 1, hidden"),
         ({"prompt": inputs["prompt"].bfloat16()}, LAYER, "another dtype than the checkpoint"),

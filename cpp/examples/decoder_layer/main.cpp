@@ -30,8 +30,8 @@ static void run(const std::string& folder, int layer_number, const std::string& 
   const Tensor prompt = input.read("prompt").to(device);
   const Tensor steps = input.read("steps").to(device);
   const int64_t hidden_size = checkpoint.config().hidden_size;
-  const int64_t batch = prompt.sizes().at(0), seqlen = prompt.sizes().at(1);
-  const int64_t num_steps = steps.sizes().at(0);
+  const int64_t batch = prompt.view().sizes[0], seqlen = prompt.view().sizes[1];
+  const int64_t num_steps = steps.view().sizes[0];
   if (batch * seqlen == 0 || prompt.sizes() != std::vector{batch, seqlen, hidden_size}) {
     throw std::invalid_argument("prompt must be (batch, seqlen, hidden_size), and not empty");
   }
