@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import fastq
+from fastq.provenance import find_commit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -98,21 +99,6 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> NativeBuild:
     return NativeBuild(root / "build", root / "prefix")
 
 
-def _commit() -> tuple[str, bool | None]:
-    """The commit under test and whether the tree differs from it: FASTQ_COMMIT and FASTQ_DIRTY, for
-    a tree that git does not know, or what git says; None where nothing tells."""
-    if "FASTQ_COMMIT" in os.environ:
-        dirty = os.environ.get("FASTQ_DIRTY")
-        return os.environ["FASTQ_COMMIT"], None if dirty is None else dirty == "1"
-    git = ["git", "-C", str(REPOSITORY)]
-    try:
-        ask = functools.partial(subprocess.check_output, text=True, stderr=subprocess.DEVNULL)
-        commit = ask([*git, "rev-parse", "HEAD"]).strip()
-        return commit, bool(ask([*git, "status", "--porcelain", "-uno"]).strip())
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown", None
-
-
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """`pytest -m cuda` on a GPU appends its totals to bench/results/<device>/tests.jsonl."""
     part = config.getoption("keyword") or any(".py" in argument for argument in config.args)
@@ -121,7 +107,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     name = torch.cuda.get_device_name()
     folder = REPOSITORY / "bench" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     stats = terminalreporter.stats
-    commit, dirty = _commit()
+    commit, dirty = find_commit(REPOSITORY)
     line = {
         "suite": "pytest -m cuda",
         "passed": len(stats.get("passed", [])),

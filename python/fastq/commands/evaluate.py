@@ -92,6 +92,7 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..provenance import provenance
     from ..quantization import progress_bar
     from .models import load, load_tokenizer
 
@@ -105,12 +106,14 @@ def run(args: argparse.Namespace) -> int:
             figures = _measure_table(args, model, tokenizer, tokens, sizes, report)
         else:
             figures = _measure_one(args, model, tokens, sizes, report)
+    # A table is kept, and then "device" is the device's name, as in the lines of bench/results.
+    where = provenance(model.device) if args.table else {"device": str(model.device)}
     result = {
+        **where,
         "model": args.model,
         "text": args.text or "held-out modules of the standard library",
         "tokens": len(tokens) - 1,
         **sizes,
-        "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         **figures,
         "seconds": time.perf_counter() - begin,

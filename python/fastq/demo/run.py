@@ -19,6 +19,7 @@ from .. import __version__, ops
 from ..evaluation import nats_per_token, windows
 from ..evaluation.speed import weight_bytes
 from ..nn import Int8Linear
+from ..provenance import device_name
 from ..quantization import quantize
 from ..runtime import CausalLM, Tokenizer, generate_tokens, load_model
 from . import corpus
@@ -106,7 +107,7 @@ def run_demo(
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "device": str(chosen),
-        "device_name": _device_name(chosen),
+        "device_name": device_name(chosen),
         "threads": ops.get_num_threads(),
         "torch_threads": torch_threads,
         "note": note,
@@ -218,9 +219,3 @@ def computes_bfloat16(device: torch.device) -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):  # a torch built without oneDNN
         return False
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.machine()
