@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_tool
 from test_embedding import readme_block
 
 
@@ -24,3 +26,8 @@ def test_commands_stand_under_their_marks() -> None:
         assert command.startswith("python3 -m venv .venv && ")
         assert command.endswith(f"/bin/{program}")
         assert "-c constraints.txt" in command
+
+
+def test_tables_are_those_of_the_results() -> None:
+    tree = {**os.environ, "PYTHONPATH": os.pathsep.join((str(REPOSITORY), *sys.path))}
+    run_tool(sys.executable, "-m", "bench.readme_table", "--check", env=tree)
