@@ -163,10 +163,9 @@ RESULT = {
 def test_demo_shows_both_precisions(monkeypatch, capsys):
     calls = []
 
-    def measured(*, device, max_tokens, on_start, on_progress):
+    def measured(*, device, max_tokens, on_progress):
         calls.append((device, max_tokens))
-        on_start(10)
-        on_progress("int8: perplexity", 10)
+        on_progress("int8: perplexity", 10, 10)
         return RESULT
 
     monkeypatch.setattr(report, "run_demo", measured)

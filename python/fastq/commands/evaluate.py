@@ -92,8 +92,8 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..progress import progress_bar
     from ..provenance import provenance
-    from ..quantization import progress_bar
     from ..runtime import load_encoder
     from .evaluate_table import measure_embeddings, print_table, store
     from .models import is_encoder, load, load_tokenizer
@@ -172,6 +172,7 @@ def _sizes(args: argparse.Namespace, model: Any, count: int) -> dict[str, int]:
 def _measure_perplexity(args, model, tokenizer, report) -> dict[str, Any]:
     from ..evaluation import perplexity
     from ..evaluation.speed import weight_bytes
+    from ..progress import counter
     from .evaluate_table import measure_schemes
 
     tokens = _tokens(args, model, tokenizer)
@@ -179,13 +180,7 @@ def _measure_perplexity(args, model, tokenizer, report) -> dict[str, Any]:
     figures = {"tokens": len(tokens) - 1, **sizes}
     if args.table:
         return figures | measure_schemes(args, model, tokenizer, tokens, sizes, report)
-    done = 0
-
-    def count(scored: int) -> None:
-        nonlocal done
-        done += scored
-        report("perplexity", done, len(tokens) - 1)
-
+    count = counter(report, "perplexity", len(tokens) - 1)
     value = perplexity(model, tokens, kv_cache=args.kv_cache, on_progress=count, **sizes)
     return figures | {
         "kv_cache": args.kv_cache,

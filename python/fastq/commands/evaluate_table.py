@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..evaluation import embeddings
 from ..evaluation.table import measure_table
+from ..progress import OnProgress
 from ..quantization import calibration_batches
-from ..quantization.statistics import OnProgress
 from ..runtime import CausalLM, Encoder, Tokenizer
 from .models import read_text
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..progress import OnProgress
 from ..quantization import quantize
-from ..quantization.statistics import OnProgress
 from ..runtime import Encoder, Tokenizer
 from .speed import weight_bytes
 from .table import ROWS, Row
@@ -78,7 +78,7 @@ def measure_embeddings(
         sentences: at least two.
         calibration: batches of what the encoder takes, for the rows that need them.
         rows: what to measure; the first is what the others are compared with.
-        on_progress: is called with what is being done, how much of it is done, and of how much.
+        on_progress: see `OnProgress`.
 
     Raises:
         ValueError: fewer than two sentences, or one that is too long.
