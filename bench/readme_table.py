@@ -21,6 +21,8 @@ from .int8_linear_backward import FLOAT as MM
 from .int8_linear_backward import OURS as BACKWARD
 from .llm_int8 import BITSANDBYTES, FLOAT, KEPT, OURS, SPLIT
 from .markdown import table
+from .model_tables import decode_tables as model_decode_tables
+from .model_tables import prefill_table
 from .quantize import OPS as QUANTIZE_OPS
 from .results import REPOSITORY, RESULTS, newest
 
@@ -261,12 +263,28 @@ def section(folder: Path) -> list[str]:
     ops = ("int8_gemm", "flash_attention", "flash_decode", "kv_append", "quantize", "call_overhead")
     gemm, attention, decode, append, quantize, overhead = (read(folder, op) for op in ops)
     llm_int8, backward = (read(folder, op) for op in ("llm_int8", "int8_linear_backward"))
-    lines = gemm + llm_int8 + backward + attention + decode + append + quantize + overhead
+    steps, prompts = (read(folder, op) for op in ("decode", "prefill"))
+    lines = (
+        steps
+        + prompts
+        + gemm
+        + llm_int8
+        + backward
+        + attention
+        + decode
+        + append
+        + quantize
+        + overhead
+    )
     if not lines:
         return []
     last = max(lines, key=lambda line: line["time"])
     threads = f", {last['threads']} threads" if "threads" in last else ""
     text = [f"**{last['device']}**{threads}, torch {last['torch']}, {last['time'][:10]}", ""]
+    if steps:
+        text += model_decode_tables(steps)
+    if prompts:
+        text += prefill_table(prompts)
     if gemm:
         text += gemm_tables(gemm)
     if llm_int8:
