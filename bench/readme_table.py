@@ -22,7 +22,7 @@ from .int8_linear_backward import OURS as BACKWARD
 from .llm_int8 import BITSANDBYTES, FLOAT, KEPT, OURS, SPLIT
 from .markdown import table
 from .model_tables import decode_tables as model_decode_tables
-from .model_tables import prefill_table
+from .model_tables import ops_table, prefill_table
 from .quantize import OPS as QUANTIZE_OPS
 from .results import REPOSITORY, RESULTS, newest
 
@@ -263,7 +263,7 @@ def section(folder: Path) -> list[str]:
     ops = ("int8_gemm", "flash_attention", "flash_decode", "kv_append", "quantize", "call_overhead")
     gemm, attention, decode, append, quantize, overhead = (read(folder, op) for op in ops)
     llm_int8, backward = (read(folder, op) for op in ("llm_int8", "int8_linear_backward"))
-    steps, prompts = (read(folder, op) for op in ("decode", "prefill"))
+    steps, prompts, step_ops = (read(folder, op) for op in ("decode", "prefill", "decode_ops"))
     lines = (
         steps
         + prompts
@@ -283,6 +283,8 @@ def section(folder: Path) -> list[str]:
     text = [f"**{last['device']}**{threads}, torch {last['torch']}, {last['time'][:10]}", ""]
     if steps:
         text += model_decode_tables(steps)
+    if step_ops:
+        text += ops_table(step_ops)
     if prompts:
         text += prefill_table(prompts)
     if gemm:

@@ -50,7 +50,7 @@ def results(tmp_path):
         ],
     )
     shape = {"model": "opt-6.7b", "batch": 2, "seqlen": 2048}
-    lines = [line("prefill", shape, "w8a8", 1.5), line("prefill", shape, "16 bit", 1.0)]
+    lines = [line("prefill", shape, "w8a8", 1.5), line("prefill", shape, "16bit", 1.0)]
     write(tmp_path, "prefill", lines)
     skipped = decode("opt-13b", 1, 512, "llm_int8", None)
     del skipped["p50_us"]

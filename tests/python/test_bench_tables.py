@@ -20,13 +20,14 @@ def step(model: str, batch: int, system: str, us: float, ratio: float | None, of
         "p50_us": us,
         "ratio": ratio,
         "of_limit": of_limit,
-        "weight_bytes": 2e9 if system == "16 bit" else 1.04e9,
+        "allocated_bytes": 2e9 if system == "16bit" else 1.04e9,
+        "allocated_ratio": 0.52,
     }
 
 
 def test_decode():
     lines = [
-        step("llama-7b", 1, "16 bit", 5000, 1.0, 0.9),
+        step("llama-7b", 1, "16bit", 5000, 1.0, 0.9),
         step("llama-7b", 1, "w8a8+kv8", 2500, 2.0, 0.825),
         step("llama-7b", 16, "w8a8+kv8", 4000, None, 0.8),
         {"op": "decode", "shape": {}, "implementation": "llm_int8", "skipped": "no memory"},
@@ -39,11 +40,48 @@ def test_decode():
         "| llama-7b | 1 × 512 | 5.00 (90 %) | 2.50 (2.00 ×, 82 %) |",
         "| llama-7b | 16 × 512 |  | 4.00 (80 %) |",
         "",
-        "Weights that a step reads, GB:",
+        "Memory that the models take, GB (and × 16 bit):",
         "",
         "| model | 16 bit | W8A8 |",
         "| --- | ---: | ---: |",
-        "| llama-7b | 2.0 | 1.0 |",
+        "| llama-7b | 2.00 | 1.04 (0.520 ×) |",
+        "",
+    ]
+
+
+def test_where_a_step_goes():
+    def op(name: str, model: str, time: str, step_us: float, share: float):
+        return {
+            "time": time,
+            "tag": name,
+            "shape": {"model": model, "batch": 1, "context": 512, "inputs": ""},
+            "implementation": "w8a8",
+            "config": {"kernels": [f"{name}_kernel"], "kernels_a_call": 1},
+            "calls": 32,
+            "us_a_call": 100 * share,
+            "limit_us_a_call": 50 * share,
+            "us_a_step": 3200 * share,
+            "share": share,
+            "step_us": step_us,
+            "kernels_a_step": 260,
+            "kernels_a_layer": 8,
+        }
+
+    lines = [
+        op("gone", "llama-7b", "2026-01-01", 7000, 0.9),
+        op("small", "llama-7b", "2026-01-02", 6000, 0.004),
+        op("norm", "llama-7b", "2026-01-02", 6000, 0.25),
+        op("gemm", "llama-7b", "2026-01-02", 6000, 0.75),
+        op("other", "opt-13b", "2026-01-03", 9000, 1.0),
+    ]
+    head, _, *rows = model_tables.ops_table(lines)
+    assert head == (
+        "Where a step of llama-7b in W8A8 goes, batch 1, 512 tokens (260 kernels, 8 a layer; "
+        "6,000 µs a step as a graph):"
+    )
+    assert rows[2:] == [
+        "| `gemm` | `gemm_kernel` | 32 | 75.00 | 37.50 | 2,400.0 | 75.0 % |",
+        "| `norm` | `norm_kernel` | 32 | 25.00 | 12.50 | 800.0 | 25.0 % |",
         "",
     ]
 
@@ -53,7 +91,7 @@ def test_prefill():
         shape = {"model": "opt-13b", "batch": batch, "seqlen": seqlen}
         return {"shape": shape, "implementation": system, "p50_us": 12345, "ratio": ratio}
 
-    lines = [prompt(1, 128, "16 bit", 1.0), prompt(1, 128, "w8a8", 1.1)]
+    lines = [prompt(1, 128, "16bit", 1.0), prompt(1, 128, "w8a8", 1.1)]
     lines += [prompt(4, 2048, "w8a8", 1.75), prompt(1, 128, "w8a8[eager]", 0.5)]
     assert model_tables.prefill_table(lines)[2:] == [
         "| model | scheme | 128 | 8,192 |",
