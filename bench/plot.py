@@ -159,7 +159,7 @@ def draw(panels: list[Panel], title: str) -> Figure:
     figure = Figure(figsize=(4.8 * columns + (2.4 if columns == 1 else 0), 3.2 * rows + 0.3))
     figure.set_layout_engine("constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, panel in zip(grid, panels, strict=False):
         if isinstance(panel.content, Bars):
             draw_bars(axes, panel.content)
@@ -171,7 +171,7 @@ def draw(panels: list[Panel], title: str) -> Figure:
         axes.set_xlabel(panel.x_label)
         axes.set_ylabel("times as fast as 16 bits")
         axes.legend(loc="upper left", ncols=2)
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     return figure
 

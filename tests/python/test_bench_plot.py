@@ -83,6 +83,14 @@ def test_what_is_drawn(results):
     }
 
 
+def test_no_empty_axes(results):
+    (results / "int8_gemm.jsonl").unlink()
+    figure = plot.draw(plot.panels_of(results), "three panels")
+    titles = [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes if axes.axison]
+    assert len(titles) == 3
+    assert all(titles)
+
+
 @pytest.mark.parametrize("ops", [("int8_gemm",), ("int8_gemm", "prefill", "decode"), ("decode",)])
 def test_file(results, tmp_path, monkeypatch, ops):
     for op in {"int8_gemm", "prefill", "decode"} - set(ops):
