@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import int8_gemm_summary, quality_table
+from . import int8_gemm_summary
 from .flash_decode import COPY, INT8
 from .int8_gemm_cases import BF16_MM, INT_MM, QLINEAR
 from .int8_gemm_summary import PACKED, QUANTIZED
@@ -21,8 +21,7 @@ from .int8_linear_backward import FLOAT as MM
 from .int8_linear_backward import OURS as BACKWARD
 from .llm_int8 import BITSANDBYTES, FLOAT, KEPT, OURS, SPLIT
 from .markdown import table
-from .model_tables import decode_tables as model_decode_tables
-from .model_tables import ops_table, prefill_table
+from .quality_table import section as quality_section
 from .quantize import OPS as QUANTIZE_OPS
 from .results import REPOSITORY, RESULTS, newest
 
@@ -263,30 +262,12 @@ def section(folder: Path) -> list[str]:
     ops = ("int8_gemm", "flash_attention", "flash_decode", "kv_append", "quantize", "call_overhead")
     gemm, attention, decode, append, quantize, overhead = (read(folder, op) for op in ops)
     llm_int8, backward = (read(folder, op) for op in ("llm_int8", "int8_linear_backward"))
-    steps, prompts, step_ops = (read(folder, op) for op in ("decode", "prefill", "decode_ops"))
-    lines = (
-        steps
-        + prompts
-        + gemm
-        + llm_int8
-        + backward
-        + attention
-        + decode
-        + append
-        + quantize
-        + overhead
-    )
+    lines = gemm + llm_int8 + backward + attention + decode + append + quantize + overhead
     if not lines:
         return []
     last = max(lines, key=lambda line: line["time"])
     threads = f", {last['threads']} threads" if "threads" in last else ""
     text = [f"**{last['device']}**{threads}, torch {last['torch']}, {last['time'][:10]}", ""]
-    if steps:
-        text += model_decode_tables(steps)
-    if step_ops:
-        text += ops_table(step_ops)
-    if prompts:
-        text += prefill_table(prompts)
     if gemm:
         text += gemm_tables(gemm)
     if llm_int8:
@@ -326,7 +307,7 @@ def main() -> None:
     readme = options.readme.read_text(encoding="utf-8")
     folders = sorted(path for path in options.results.iterdir() if path.is_dir())
     updated = readme
-    for mark, tables in (("quality", quality_table.section), ("bench", section)):
+    for mark, tables in (("quality", quality_section), ("bench", section)):
         updated = replace(updated, mark, [line for folder in folders for line in tables(folder)])
     if updated == readme:
         print("the README is up to date")
