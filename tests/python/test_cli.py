@@ -20,6 +20,7 @@ from fastq.demo import report, run
 from fastq.evaluation import perplexity
 from fastq.evaluation.table import ROWS
 from fastq.nn import Int8Linear, OutlierLinear
+from fastq.provenance import provenance
 from fastq.runtime import CausalLM, ModelConfig, Tokenizer, generate, load_model
 
 SHIPPED = pytest.mark.skipif(
@@ -162,10 +163,9 @@ RESULT = {
 def test_demo_shows_both_precisions(monkeypatch, capsys):
     calls = []
 
-    def measured(*, device, max_tokens, on_start, on_progress):
+    def measured(*, device, max_tokens, on_progress):
         calls.append((device, max_tokens))
-        on_start(10)
-        on_progress("int8: perplexity", 10)
+        on_progress("int8: perplexity", 10, 10)
         return RESULT
 
     monkeypatch.setattr(report, "run_demo", measured)
@@ -362,6 +362,9 @@ class TestCommands:
         assert cli.main(arguments) == 0
         out = capsys.readouterr().out
         stored = json.loads(output.read_text())
+        here = provenance(torch.device("cpu"))
+        assert stored.pop("time") <= here.pop("time")
+        assert {name: stored[name] for name in here} == here
         assert stored["planted_outliers"]
         assert [row["name"] for row in stored["rows"]] == [row.name for row in ROWS]
         for row in stored["rows"]:

@@ -242,18 +242,22 @@ def _with_path(folder: str) -> dict[str, str]:
 
 class TestRun:
     def test_figures(self, tiny, stdlib, device):
-        progress, totals = [], []
+        progress = []
         result = run.run_demo(
             device=str(device),
             max_tokens=5,
             folder=tiny,
             stdlib=stdlib,
-            on_start=totals.append,
-            on_progress=lambda label, count: progress.append((label, count)),
+            on_progress=lambda *step: progress.append(step),
         )
-        assert sum(count for _, count in progress) == totals[0]
+        parts = {label: [] for label, _, _ in progress}
+        for label, done, total in progress:
+            parts[label].append((done, total))
+        assert len(parts) == 4
+        for steps in parts.values():
+            assert steps == sorted(steps)
+            assert steps[-1] == (steps[0][1], steps[0][1])  # all that was announced
         assert result["torch_threads"] in (1, torch.get_num_threads())
-        assert len({label for label, _ in progress}) == 4
         assert result["python"] == platform.python_version()
         own, int8 = result["results"]
         assert int8["precision"] == "int8"
@@ -278,7 +282,7 @@ class TestRun:
             max_tokens=1,
             folder=tiny,
             stdlib=stdlib,
-            on_progress=lambda label, count: seen.append(torch.get_num_threads()),
+            on_progress=lambda *step: seen.append(torch.get_num_threads()),
         )
         assert result["torch_threads"] == 1
         assert set(seen) == {1}

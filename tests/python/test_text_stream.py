@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from byte_tokenizer import write_tokenizer
 from fastq.runtime import TextStream, Tokenizer, generate, stream_text
 from test_generation import make_model
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A byte-level tokenizer."""
-    from tokenizers import Tokenizer as Trained
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    trained = Trained(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = decoders.ByteLevel()
-    trained.train_from_iterator(
-        ["def f(x):\n    return x + 1\n"] * 3,
-        trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=["<end>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    trained.save(str(tmp_path / "tokenizer.json"))
+    write_tokenizer(tmp_path)
     return tmp_path
 
 

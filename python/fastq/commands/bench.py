@@ -47,19 +47,12 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..evaluation.speed import measure_speed
-    from ..quantization import progress_bar
+    from ..progress import counter, progress_bar
     from .models import load
 
     with progress_bar() as report:
         model = load(args, scheme=args.scheme)
         model.use_fused = not args.modules
-        done = 0
-
-        def count(runs: int) -> None:
-            nonlocal done
-            done += runs
-            report("timing", done, args.repeats + 1)
-
         speed = measure_speed(
             model,
             batch_size=args.batch,
@@ -67,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             new_tokens=args.new_tokens,
             kv_cache=args.kv_cache,
             repeats=args.repeats,
-            on_progress=count,
+            on_progress=counter(report, "timing", args.repeats + 1),
         )
         with torch.no_grad():
             is_fused = model.fused_decoder() is not None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ examples:
   fastq eval Llama-3.2-1B-w8a8 --text wiki.test.txt
   fastq eval demo --kv-cache int8
   fastq eval --table --plant-outliers
+  fastq eval all-MiniLM-L6-v2 --table --text sentences.txt
 """
 
 
@@ -29,7 +28,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="measure perplexity on a text, of one model or of every scheme",
         description="Perplexity by a sliding window: each token is scored once, with at least "
         "context - stride tokens before it. With --table, of a float model and of copies of it, "
-        "quantised by every scheme.",
+        "quantised by every scheme; of an encoder (BERT), how far each scheme turns the embeddings "
+        "of sentences, as the cosine to those in float.",
         epilog=_EXAMPLES,
     )
     add_model(parser, is_optional=True)
@@ -37,7 +37,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--text",
         metavar="FILE",
         help="a text file, or - for standard input (default: the modules of Python's standard "
-        "library that the demo's model has not seen)",
+        "library that the demo's model has not seen); for an encoder one sentence a line",
     )
     parser.add_argument(
         "--context",
@@ -92,41 +92,54 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..quantization import progress_bar
-    from .models import load, load_tokenizer
+    from ..progress import progress_bar
+    from ..provenance import provenance
+    from ..runtime import load_encoder
+    from .evaluate_table import measure_embeddings, print_table, store
+    from .models import is_encoder, load, load_tokenizer
 
     begin = time.perf_counter()
+    of_encoder = is_encoder(args)
+    if of_encoder:
+        _check_encoder(args)
     with progress_bar() as report:
         tokenizer = load_tokenizer(args)
-        model = load(args)
-        tokens = _tokens(args, model, tokenizer)
-        sizes = _sizes(args, model, len(tokens))
-        if args.table:
-            figures = _measure_table(args, model, tokenizer, tokens, sizes, report)
+        model = load(args, loader=load_encoder) if of_encoder else load(args)
+        if of_encoder:
+            figures = measure_embeddings(args, model, tokenizer, report)
         else:
-            figures = _measure_one(args, model, tokens, sizes, report)
+            figures = _measure_perplexity(args, model, tokenizer, report)
+    # A table is kept, and then "device" is the device's name, as in the lines of bench/results.
+    where = provenance(model.device) if args.table else {"device": str(model.device)}
     result = {
+        **where,
         "model": args.model,
         "text": args.text or "held-out modules of the standard library",
-        "tokens": len(tokens) - 1,
-        **sizes,
-        "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         **figures,
         "seconds": time.perf_counter() - begin,
     }
     if args.table:
-        _store(result, args.output or Path(_TABLE_FILE))
+        store(result, args.output or Path(_TABLE_FILE))
     if args.json:
         print(json.dumps(result, indent=2))
     elif args.table:
-        _print_table(result, args.output or Path(_TABLE_FILE))
+        print_table(result, args.output or Path(_TABLE_FILE))
     else:
         print(
             f"perplexity {result['perplexity']:.4f} on {result['tokens']} tokens (context "
-            f"{sizes['context']}, stride {sizes['stride']}), {result['seconds']:.0f} s"
+            f"{result['context']}, stride {result['stride']}), {result['seconds']:.0f} s"
         )
     return 0
+
+
+def _check_encoder(args: argparse.Namespace) -> None:
+    wrong = "--table" if not args.table else "--text" if args.text is None else None
+    if wrong is not None:
+        raise ValueError(f"{args.model} is an encoder: expected {wrong}, too")
+    for name in ("plant_outliers", "context", "stride", "batch", "max_tokens"):
+        if getattr(args, name):
+            raise ValueError(f"{args.model} is an encoder: --{name.replace('_', '-')} has no use")
 
 
 def _tokens(args: argparse.Namespace, model: Any, tokenizer: Any):
@@ -156,71 +169,21 @@ def _sizes(args: argparse.Namespace, model: Any, count: int) -> dict[str, int]:
     return {"context": context, "stride": min(stride, context), "batch": args.batch or most}
 
 
-def _measure_one(args, model, tokens, sizes, report) -> dict[str, Any]:
+def _measure_perplexity(args, model, tokenizer, report) -> dict[str, Any]:
     from ..evaluation import perplexity
     from ..evaluation.speed import weight_bytes
+    from ..progress import counter
+    from .evaluate_table import measure_schemes
 
-    done = 0
-
-    def count(scored: int) -> None:
-        nonlocal done
-        done += scored
-        report("perplexity", done, len(tokens) - 1)
-
+    tokens = _tokens(args, model, tokenizer)
+    sizes = _sizes(args, model, len(tokens))
+    figures = {"tokens": len(tokens) - 1, **sizes}
+    if args.table:
+        return figures | measure_schemes(args, model, tokenizer, tokens, sizes, report)
+    count = counter(report, "perplexity", len(tokens) - 1)
     value = perplexity(model, tokens, kv_cache=args.kv_cache, on_progress=count, **sizes)
-    return {
+    return figures | {
         "kv_cache": args.kv_cache,
         "perplexity": value,
         "weight_bytes": weight_bytes(model),
     }
-
-
-def _measure_table(args, model, tokenizer, tokens, sizes, report) -> dict[str, Any]:
-    from ..evaluation.table import measure_table
-    from ..quantization import calibration_batches
-
-    length = min(512, model.config.max_position_embeddings)
-    calibration = calibration_batches(args.calibration or "stdlib", tokenizer, length=length)
-    lines = measure_table(
-        model,
-        tokens,
-        calibration=calibration,
-        plant=args.plant_outliers,
-        on_progress=report,
-        **sizes,
-    )
-    return {
-        "calibration": args.calibration or "stdlib",
-        "planted_outliers": args.plant_outliers,
-        "rows": [asdict(line) for line in lines],
-    }
-
-
-def _store(result: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fresh.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-def _print_table(result: dict[str, Any], path: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    planted = ", outliers planted" if result["planted_outliers"] else ""
-    table = Table(title=f"{result['model']}{planted}: {result['tokens']} tokens", title_style="")
-    for column in ("scheme", "perplexity", "change", "weights (MB)"):
-        table.add_column(column, justify="left" if column == "scheme" else "right", no_wrap=True)
-    for row in result["rows"]:
-        table.add_row(
-            row["name"],
-            f"{row['perplexity']:.3f}",
-            f"{100 * row['change']:+.2f} %" if row["scheme"] or row["kv_cache"] else "",
-            f"{row['weight_bytes'] / 1e6:.2f}",
-        )
-    console = Console()
-    console.print(table)
-    console.print(f"Stored in {path}; {result['seconds']:.0f} s in all.", highlight=False)

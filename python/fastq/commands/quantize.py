@@ -153,7 +153,8 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     from ..checkpoints import save_quantized
     from ..evaluation.speed import weight_bytes
-    from ..quantization import progress_bar, quantize
+    from ..progress import progress_bar
+    from ..quantization import quantize
     from .models import load, model_folder
 
     source = model_folder(args.model)

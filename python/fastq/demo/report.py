@@ -8,33 +8,17 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..progress import progress_bar
 from .run import run_demo
 
 
 def main(*, device: str | None, max_tokens: int, as_json: bool) -> int:
     """Runs the demo and prints its figures; the progress bar goes to stderr."""
-    with Progress(
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    ) as progress:
-        task = progress.add_task("loading", total=None)
-        result = run_demo(
-            device=device,
-            max_tokens=max_tokens,
-            on_start=lambda total: progress.update(task, total=total),
-            on_progress=lambda label, count: progress.update(
-                task, description=label, advance=count
-            ),
-        )
+    with progress_bar() as report:
+        result = run_demo(device=device, max_tokens=max_tokens, on_progress=report)
     if as_json:
         json.dump(result, sys.stdout, indent=2)
         print()

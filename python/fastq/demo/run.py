@@ -7,7 +7,6 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from .. import __version__, ops
 from ..evaluation import nats_per_token, windows
 from ..evaluation.speed import weight_bytes
 from ..nn import Int8Linear
+from ..progress import OnProgress, counter
+from ..provenance import device_name
 from ..quantization import quantize
 from ..runtime import CausalLM, Tokenizer, generate_tokens, load_model
 from . import corpus
@@ -32,9 +33,6 @@ def find_files(folder, pattern):
 SEED = 1
 SAMPLING = {"temperature": 0.6, "top_k": 40, "top_p": 0.95}
 _WARM_UP_TOKENS = 4
-
-# Called with a label and the number of tokens just done.
-Progress = Callable[[str, int], None]
 
 
 @dataclass
@@ -70,13 +68,12 @@ def run_demo(
     max_tokens: int = 64,
     folder: Path = MODEL_FOLDER,
     stdlib: Path | None = None,
-    on_start: Callable[[int], None] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Measures both precisions and returns every figure; the keys are those of `--json`.
 
-    `on_start` is told how many tokens will be processed in all. The held-out text is read from
-    `stdlib`, by default the running Python's.
+    `on_progress` is told of each part's tokens. The held-out text is read from `stdlib`, by default
+    the running Python's.
     """
     begin = time.perf_counter()
     chosen, note = pick_device(device)
@@ -86,9 +83,7 @@ def run_demo(
     dtype = None if computes_bfloat16(chosen) else torch.float32
     model = load_model(folder, device=chosen, dtype=dtype)
     tokens = held_out_tokens(tokenizer, model, stdlib)
-    report = on_progress or (lambda label, count: None)
-    if on_start is not None:
-        on_start(2 * (len(tokens) - 1 + max_tokens))
+    report = on_progress or (lambda label, done, total: None)
     int8_model = quantize(copy.deepcopy(model))
     own = str(model.dtype).removeprefix("torch.")
     torch_threads = _faster_thread_count(model, tokens)
@@ -106,7 +101,7 @@ def run_demo(
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "device": str(chosen),
-        "device_name": _device_name(chosen),
+        "device_name": device_name(chosen),
         "threads": ops.get_num_threads(),
         "torch_threads": torch_threads,
         "note": note,
@@ -159,7 +154,7 @@ def _measure(
     tokenizer: Tokenizer,
     tokens: Tensor,
     max_tokens: int,
-    report: Progress,
+    report: OnProgress,
 ) -> Figures:
     context = model.config.max_position_embeddings
     prompt = [model.config.bos_token_id, *tokenizer.encode(PROMPT)]
@@ -171,16 +166,15 @@ def _measure(
     nats_per_token(model, warm_up, context)
 
     begin = _synchronised_time(model.device)
-    nats = nats_per_token(
-        model, tokens, context, on_progress=lambda n: report(f"{precision}: perplexity", n)
-    )
+    count = counter(report, f"{precision}: perplexity", len(tokens) - 1)
+    nats = nats_per_token(model, tokens, context, on_progress=count)
     scoring = _synchronised_time(model.device) - begin
 
     begin = _synchronised_time(model.device)
     generated = []
     for step in _generate(model, prompt, max_tokens):
         generated.append(step.tokens[0])
-        report(f"{precision}: generation", 1)
+        report(f"{precision}: generation", len(generated), max_tokens)
     generating = _synchronised_time(model.device) - begin
 
     ends = model.config.eos_token_ids
@@ -218,9 +212,3 @@ def computes_bfloat16(device: torch.device) -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):  # a torch built without oneDNN
         return False
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.machine()

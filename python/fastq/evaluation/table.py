@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from ..progress import OnProgress, counter
 from ..quantization import plant_outliers, quantize
 from ..runtime import CausalLM
 from .perplexity import perplexity
 from .speed import weight_bytes
-
-# Called with what is being done, how much of it is done, and of how much (0: unknown).
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def measure_table(
             stride=stride,
             batch=batch,
             kv_cache=row.kv_cache,
-            on_progress=_counter(report, row.name, len(tokens) - 1),
+            on_progress=counter(report, f"{row.name}: perplexity", len(tokens) - 1),
         )
         change = value / lines[0].perplexity - 1 if lines else 0.0
         known = {name: part for name, part in asdict(row).items() if name != "is_calibrated"}
@@ -114,14 +112,3 @@ def measure_table(
             Line(**known, perplexity=value, change=change, weight_bytes=weight_bytes(candidate))
         )
     return lines
-
-
-def _counter(report: OnProgress, name: str, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def count(scored: int) -> None:
-        nonlocal done
-        done += scored
-        report(f"{name}: perplexity", done, total)
-
-    return count

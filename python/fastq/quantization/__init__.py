@@ -1,6 +1,7 @@
 """Post-training quantisation of whole models."""
 
-from .calibration import calibration_batches, progress_bar
+from ..progress import progress_bar
+from .calibration import calibration_batches
 from .model import quantize
 from .outliers import plant_outliers
 from .plan import LinearPlan, quantize_linear

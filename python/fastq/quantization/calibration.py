@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from .statistics import OnProgress
 
 SAMPLES = 64
 LENGTH = 512
@@ -90,31 +87,6 @@ def resolve(calibration: Any, tokenizer: Any, model: nn.Module) -> Iterable[Any]
     if iter(calibration) is calibration:  # an iterator, which would be exhausted
         calibration = list(calibration)
     return calibration
-
-
-@contextlib.contextmanager
-def progress_bar() -> Iterator[OnProgress]:
-    """A bar on stderr, where that is a terminal; what it gives is an `on_progress` of
-    :func:`fastq.quantize`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description:<36}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("loading", total=None)
-
-        def report(label: str, done: int, total: int) -> None:
-            progress.update(task, description=label, completed=done, total=total or None)
-
-        yield report
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..progress import OnProgress
 from .calibration import resolve
 from .plan import quantize_linear, scaled_linear
 from .planning import Options, Plans, check_options, make_plans
 from .selection import DEFAULT_SKIP, Target, select
 from .sensitivity import install, measure_damage
 from .smoothing import Groups
-from .statistics import OnProgress
 
 
 def quantize(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.outlier_linear import check_threshold
+from ..progress import OnProgress
 from ..quantize_ops import check_rotation
 from .plan import LinearPlan
 from .selection import DEFAULT_SKIP, LINEAR_SCHEMES, Target, select
@@ -23,7 +24,7 @@ from .smoothing import (
     static_scale,
     weight_absmax,
 )
-from .statistics import SAMPLE_ROWS, InputStatistics, OnProgress, input_statistics
+from .statistics import SAMPLE_ROWS, InputStatistics, input_statistics
 
 _THRESHOLD = 6.0
 

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..progress import OnProgress
 from .calibration import resolve
 from .plan import quantize_linear
 from .planning import Options, Plans, check_options, make_plans
 from .selection import DEFAULT_SKIP, Target, select
-from .statistics import OnProgress, is_decoder, run
+from .statistics import is_decoder, run
 
 
 def sensitivity(

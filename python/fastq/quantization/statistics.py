@@ -9,17 +9,16 @@ statistics are there at a time. Any other module runs whole, with hooks on all l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SAMPLE_ROWS = 512
+from ..progress import OnProgress
 
-# Called with what is done, how many steps of it, and of how many in all (0: unknown).
-OnProgress = Callable[[str, int, int], None]
+SAMPLE_ROWS = 512
 
 
 class InputStatistics:

@@ -9,6 +9,9 @@ from pathlib import Path
 class Tokenizer:
     """Text to token ids and back, by a Hugging Face folder's tokenizer.json.
 
+    A text has all its tokens and no others: truncation and padding that the file asks for, as those
+    of sentence encoders do, are left out.
+
     Raises FileNotFoundError where the file is absent and ValueError where it is not one.
     """
 
@@ -22,6 +25,8 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
             raise ValueError(f"{path}: expected a tokenizer.json, got {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
 
     @property
     def vocab_size(self) -> int:
