@@ -85,8 +85,8 @@ def generate_tokens(
         logprobs: tell the log-probabilities of the tokens, under the model itself.
         kv_cache: "int8" stores keys and values in 8 bits, with a scale for each token and head;
             None in the model's dtype.
-        use_graph: whether decoding runs as a CUDA graph (see `DecodeStep`); None: where it can, the
-            model is quantised and on a GPU, and it pays.
+        use_graph: whether decoding runs as a CUDA graph (see `DecodeStep`); None: where it can and
+            it pays.
         ended: a set which the caller may add indices of sequences to, to end them.
 
     Raises:
