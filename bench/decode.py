@@ -27,7 +27,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastq.runtime import CausalLM, ModelConfig, cache_bytes
+from fastq.runtime import CausalLM, cache_bytes
 from fastq.runtime.decode_graph import DecodeStep
 from fastq.runtime.generation import new_cache
 
@@ -161,6 +163,7 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         self.float_us: dict[Case, float] = {}
+        self.failed: list[str] = []
 
     def run(
         self, case: Case, system: str, model: nn.Module, allocated: int | None, stepper: Any
@@ -306,17 +309,23 @@ def _run_case(
             from .decode_explain import explain
 
             explain(benchmark, case, system, model, step.p50_us)
-    except Exception as error:  # a system that fails does not end the run of the others
-        if system in OURS and not isinstance(error, torch.OutOfMemoryError):
-            raise
+    except Exception as error:  # one that fails does not end the run of the others
         benchmark.skip(case, system, f"{type(error).__name__}: {str(error)[:300]}")
+        if not isinstance(error, torch.OutOfMemoryError):
+            traceback.print_exc()
+            benchmark.failed.append(system)
 
 
 def add_models(parser: argparse.ArgumentParser, models: Sequence[str]) -> None:
+    names, default = ", ".join(CONFIGS), " ".join(models)
     parser.add_argument(
-        "--models", nargs="+", choices=CONFIGS, default=list(models), metavar="MODEL",
-        help=f"of {', '.join(CONFIGS)}; default: all that are not tiny",
-    )  # fmt: skip
+        "--models",
+        nargs="+",
+        choices=CONFIGS,
+        default=list(models),
+        metavar="MODEL",
+        help=f"of {names}; default: {default}",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -324,10 +333,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_models(parser, [name for name in CONFIGS if name != "tiny"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 1024])
+    names, default = (", ".join(systems) for systems in (SYSTEMS, DEFAULT_SYSTEMS))
     parser.add_argument(
-        "--systems", nargs="+", choices=SYSTEMS, default=list(DEFAULT_SYSTEMS), metavar="SYSTEM",
-        help=f"of {', '.join(map(repr, SYSTEMS))}; default: {', '.join(DEFAULT_SYSTEMS)}",
-    )  # fmt: skip
+        "--systems",
+        nargs="+",
+        choices=SYSTEMS,
+        default=list(DEFAULT_SYSTEMS),
+        metavar="SYSTEM",
+        help=f"of {names}; default: {default}",
+    )
     parser.add_argument("--explain", action="store_true", help="tell where a step goes, too")
     options = parser.parse_args(arguments)
     writer = results.writer(options, "decode")
@@ -337,6 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.models:
         run_model(benchmark, name, options)
     print(f"appended to {writer.path}")
+    if benchmark.failed:
+        sys.exit(f"failed: {', '.join(sorted(set(benchmark.failed)))}")
 
 
 if __name__ == "__main__":

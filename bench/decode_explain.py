@@ -55,12 +55,12 @@ def profile_steps(stepper: Any, device: torch.device) -> list[Op]:
             stepper.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
+    on_gpu = device.type == "cuda"
     ops: dict[tuple, Op] = {}
     for event in profiled.events():
         if event.device_type != DeviceType.CPU:
             continue
-        on_gpu = device.type == "cuda"
-        if on_gpu and not event.kernels or not on_gpu and "::" not in event.name:
+        if not (event.kernels if on_gpu else "::" in event.name):
             continue
         shapes = [list(shape) for shape in event.input_shapes or [] if shape]
         key = (event.name, str(shapes))
@@ -74,10 +74,10 @@ def profile_steps(stepper: Any, device: torch.device) -> list[Op]:
     return sorted(ops.values(), key=lambda op: -op.microseconds)
 
 
-def op_bytes(op: Op, config_bytes: int, itemsize: int) -> int:
-    """What one call must read and write, at the least. `config_bytes` is a layer's cache."""
+def op_bytes(op: Op, layer_cache: int, itemsize: int) -> int:
+    """What one call must read, at the least; `layer_cache` are the bytes of a layer's cache."""
     if op.name == "fastq::flash_decode":
-        return config_bytes
+        return layer_cache
     sizes = [torch.Size(shape).numel() for shape in op.shapes]
     if op.name in INT8_PRODUCTS:
         return max(sizes, default=0)
@@ -114,7 +114,7 @@ def explain(benchmark: Any, case: Any, system: str, model: nn.Module, step_us: f
     layers = config.num_hidden_layers
     cache = cache_bytes(config, case.batch, case.context, dtype=dtype, kv_cache=kv) // layers
     bandwidth = max(benchmark.bandwidth.values())
-    total = sum(op.microseconds for op in ops) / STEPS
+    total = max(sum(op.microseconds for op in ops) / STEPS, 1e-3)
     launched, in_layer = kernels_of_a_layer(ops, layers)
     print(
         f"  {system}: {total:.1f} us in ops, {step_us:.1f} us a step, {launched:.0f} kernels, "

@@ -13,9 +13,11 @@ from fastq.nn import Int8Linear, OutlierLinear
 from fastq.runtime import CausalLM, ModelConfig
 
 
-def _llama(hidden: int, layers: int, heads: int, inner: int) -> ModelConfig:
+def _llama(
+    hidden: int, layers: int, heads: int, inner: int, vocabulary: int = 32000
+) -> ModelConfig:
     return ModelConfig(
-        vocab_size=32000,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
@@ -56,7 +58,7 @@ CONFIGS = {
     "opt-30b": _opt(7168, 48, 56),
     "llama-7b": _llama(4096, 32, 32, 11008),
     "llama-13b": _llama(5120, 40, 40, 13824),
-    "tiny": _llama(64, 2, 4, 96),  # to try the benchmarks on
+    "tiny": _llama(64, 2, 4, 96, 101),  # to try the benchmarks on
 }
 DTYPES = {"cpu": torch.bfloat16, "cuda": torch.float16}
 SCHEMES = (None, "w8a8", "w8a8_static", "llm_int8")

@@ -2,8 +2,8 @@
 
 A step of a fused decoder is some ten kernels a layer, one of a decoder's modules some thirty, each
 of a few microseconds: launching them one by one takes the host longer than running them takes the
-GPU. A graph launches all of them at once. All that changes from step to step is read on the device: the tokens and the lengths of the
-sequences.
+GPU. A graph launches all of them at once. All that changes from step to step is read on the device:
+the tokens and the lengths of the sequences.
 """
 
 from __future__ import annotations
