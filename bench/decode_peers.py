@@ -68,8 +68,8 @@ class PeerStep:
         self._forward: Callable[..., Any] = model.forward
         if self._is_compiled:
             torch.compiler.reset()
-            options = {"mode": "reduce-overhead", "fullgraph": True}
-            self._forward = torch.compile(model.forward, **options)
+            # As generate() compiles it.
+            self._forward = torch.compile(model.forward, mode="reduce-overhead")
             self._cache: Any = StaticCache(config=model.config, max_cache_len=context + steps)
         else:
             self._cache = DynamicCache(config=model.config)

@@ -30,10 +30,10 @@ def why_no_graph(model: CausalLM, cache: KVCache) -> str | None:
         return f"attention has no kernel for {model.dtype} on cuda"
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on"  # its cache of cast weights would stay in the graph
-    return _why_not_capturable(model)
+    return why_not_capturable(model)
 
 
-def _why_not_capturable(model: CausalLM) -> str | None:
+def why_not_capturable(model: CausalLM) -> str | None:
     """Which module is not known to launch the same kernels in every step, without waiting."""
     # Here: `runtime` may be imported by itself.
     from ..nn import Int8Linear, OutlierLinear
