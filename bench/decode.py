@@ -5,20 +5,21 @@
 sequence, after `context` tokens of each; sampling is not in it. Weights are random, and come from
 memory, being larger than any cache. Systems:
 
-- ``16 bit``: this runtime with float16 weights (bfloat16 on a CPU) and cuBLAS;
+- ``16bit``: this runtime with float16 weights (bfloat16 on a CPU) and cuBLAS;
 - ``w8a8``, ``w8a8_static``: INT8 by the fused path; ``+kv8``: with an INT8 cache besides;
 - ``llm_int8``: the outlier split, with one channel in a thousand holding outliers;
-- ``transformers``: its model in 16 bits, SDPA attention; ``transformers compiled``: with a static
+- ``transformers``: its model in 16 bits, SDPA attention; ``transformers-compiled``: with a static
   cache and torch.compile; ``bitsandbytes``: its Linear8bitLt in that model.
 
 On a GPU this runtime replays a CUDA graph (`DecodeStep`), and steps follow one another without a
 wait: the time is that of the GPU, or of a host that is slower. One model is in memory at a time, so
 systems are timed one after the other; ``clocks`` tells what the GPU was doing.
 
-``ratio`` is the time of ``16 bit`` over this system's. ``limit_us`` is the time in which the bytes
+``ratio`` is the time of ``16bit`` over this system's. ``limit_us`` is the time in which the bytes
 of the weights and of the cache can be read, by the bandwidth measured in this run (the better of
 reading and copying), ``of_limit`` the part of the step that it makes up. ``allocated_bytes`` is
-what the model takes, ``peak_bytes`` the device's memory at its height while decoding.
+what the model takes, ``allocated_ratio`` that over the one of ``16bit``; ``peak_bytes`` is the
+device's memory at its height while decoding, the cache included.
 
 ``--explain`` tells where a step goes instead, op by op: see bench/decode_explain.py.
 """
@@ -38,6 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastq.evaluation.speed import weight_bytes
 from fastq.runtime import CausalLM, cache_bytes
 from fastq.runtime.decode_graph import DecodeStep
 from fastq.runtime.generation import new_cache
@@ -45,7 +47,7 @@ from fastq.runtime.generation import new_cache
 from . import decode_peers, results, timing
 from .decoders import CONFIGS, DTYPES, bytes_read, random_decoder
 
-FLOAT = "16 bit"
+FLOAT = "16bit"
 # System: the scheme of the weights, the kind of the cache.
 OURS: dict[str, tuple[str | None, str | None]] = {
     FLOAT: (None, None),
@@ -163,10 +165,11 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         self.float_us: dict[Case, float] = {}
+        self.float_bytes: dict[str, int] = {}
         self.failed: list[str] = []
 
     def run(
-        self, case: Case, system: str, model: nn.Module, allocated: int | None, stepper: Any
+        self, case: Case, system: str, model: nn.Module, allocated: int, stepper: Any
     ) -> timing.Timing:
         device, config = self.writer.device, CONFIGS[case.model]
         clocks = results.read_clocks(device)
@@ -205,10 +208,15 @@ class Benchmark:
             limit_us=round(limit, 3),
             of_limit=round(limit / t.p50_us, 4),
             allocated_bytes=allocated,
+            allocated_ratio=self.allocated_ratio(case.model, allocated),
             peak_bytes=peak,
             clocks=measured,
         )
         return t
+
+    def allocated_ratio(self, model: str, allocated: int) -> float | None:
+        whole = self.float_bytes.get(model)
+        return None if whole is None else round(allocated / whole, 4)
 
     def skip(self, case: Case, system: str, reason: str) -> None:
         print(f"  {system:22} {results.shape_text(case._asdict())} skipped: {reason}")
@@ -236,15 +244,15 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def allocated_by(build: Callable[[], nn.Module], device: torch.device) -> tuple[Any, int | None]:
-    """What it builds and the device's memory that this takes."""
+def allocated_by(build: Callable[[], nn.Module], device: torch.device) -> tuple[Any, int]:
+    """What it builds and the device's memory that this takes, on a CPU that of its tensors."""
     free()
     if device.type != "cuda":
-        return build(), None
+        model = build()
+        return model, weight_bytes(model)
     before = torch.cuda.memory_allocated(device)
     model = build()
     free()
-    torch.cuda.reset_peak_memory_stats(device)
     return model, torch.cuda.memory_allocated(device) - before
 
 
@@ -277,6 +285,13 @@ def run_model(benchmark: Benchmark, name: str, options: argparse.Namespace) -> N
                 for system in systems:
                     benchmark.skip(case, system, "the model does not fit the device's memory")
             continue
+        if FLOAT in systems:
+            benchmark.float_bytes[name] = allocated
+        part = benchmark.allocated_ratio(name, allocated)
+        print(
+            f"{name}, {', '.join(systems)}: {1e-9 * allocated:.2f} GB"
+            + ("" if part is None else f", {part:.3f} x {FLOAT}")
+        )
         for case in cases:
             print(f"{name}, batch {case.batch}, {case.context} tokens")
             for system in systems:
@@ -290,7 +305,7 @@ def _run_case(
     case: Case,
     system: str,
     model: nn.Module,
-    allocated: int | None,
+    allocated: int,
     options: argparse.Namespace,
 ) -> None:
     device = benchmark.writer.device

@@ -14,7 +14,7 @@ from fastq.runtime import ModelConfig
 from .decoders import DTYPES, fill
 from .llm_int8 import bitsandbytes_layers
 
-EAGER, COMPILED, BITSANDBYTES = "transformers", "transformers compiled", "bitsandbytes"
+EAGER, COMPILED, BITSANDBYTES = "transformers", "transformers-compiled", "bitsandbytes"
 PEERS = (EAGER, COMPILED, BITSANDBYTES)
 
 
@@ -88,7 +88,7 @@ class PeerStep:
 
     @torch.no_grad()
     def _read_prompt(self) -> None:
-        self._model(self._prompt, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._model(self._prompt, past_key_values=self._cache, use_cache=True)
 
     @torch.no_grad()
     def step(self) -> Tensor:

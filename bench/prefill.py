@@ -6,7 +6,7 @@ empty cache and computes the logits after the last token of each; `batch` x `seq
 of ``--tokens``, in prompts of at most 2048. Weights are random. Where both models are in memory
 together, as they are unless ``--apart`` is given, they take turns. On a GPU a call is timed in a
 CUDA graph and, under the name ``<system>[eager]``, as `generate` runs it, launch by launch: there
-the host may be what takes longer. ``ratio`` is the time of ``16 bit``, timed the same way, over
+the host may be what takes longer. ``ratio`` is the time of ``16bit``, timed the same way, over
 this system's; the rate counts two operations a weight and token, those of attention not among them.
 """
 

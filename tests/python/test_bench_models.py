@@ -63,7 +63,7 @@ def test_bytes_of_a_step():
 def test_decode(tmp_path, capsys):
     out = tmp_path / "decode.jsonl"
     arguments = ["--models", "tiny", "--batches", "1", "3", "--contexts", "20", "--rounds", "3"]
-    systems = ["w8a8+kv8", "w8a8", "16 bit", "llm_int8", EAGER, COMPILED, BITSANDBYTES]
+    systems = ["w8a8+kv8", "w8a8", "16bit", "llm_int8", EAGER, COMPILED, BITSANDBYTES]
     decode.main([*arguments, "--out", str(out), "--systems", *systems, "--explain"])
     results = lines(out)
     assert len(results) == 2 * len(systems)
@@ -74,6 +74,7 @@ def test_decode(tmp_path, capsys):
         assert line["p10_us"] <= line["p50_us"] <= line["p90_us"]
         assert line["ratio"] > 0
         assert line["weight_bytes"] > 0
+        assert (line["allocated_ratio"] < 1) == (systems.index(line["implementation"]) in (0, 1, 3))
         batch, is_int8 = line["shape"]["batch"], line["implementation"].endswith("+kv8")
         kv = "int8" if is_int8 else None
         expected = cache_bytes(CONFIGS["tiny"], batch, 20, kv_cache=kv, **HALF)
@@ -91,7 +92,7 @@ def test_decode(tmp_path, capsys):
 
 def test_prefill(tmp_path):
     out = tmp_path / "prefill.jsonl"
-    systems = ["--systems", "16 bit", "w8a8"]
+    systems = ["--systems", "16bit", "w8a8"]
     arguments = ["--models", "tiny", "--tokens", "16", "--rounds", "2", "--out", str(out)]
     prefill.main([*arguments, *systems])
     float_line, int8_line = lines(out)
