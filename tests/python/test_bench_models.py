@@ -14,7 +14,7 @@ from fastq.runtime import cache_bytes
 
 sys.path.insert(0, str(REPOSITORY))
 
-from bench import decode, prefill
+from bench import decode, models_summary, prefill
 from bench.decode_peers import BITSANDBYTES, COMPILED, EAGER
 from bench.decoders import CONFIGS, SCHEMES, bytes_read, random_decoder
 
@@ -102,6 +102,35 @@ def test_prefill(tmp_path):
     ratio = float_line["p50_us"] / int8_line["p50_us"]
     assert int8_line["ratio"] == pytest.approx(ratio, abs=1e-3)
     assert int8_line["config"]["fused"]
+
+
+def step(system: str, p50_us: float, **fields) -> dict:
+    shape = {"model": "llama-7b", "batch": 1, "context": 512}
+    line = {"op": "decode", "shape": shape, "implementation": system, "p50_us": p50_us}
+    return line | {"of_limit": 0.7, "allocated_ratio": 0.52, "peak_bytes": 8e9} | fields
+
+
+def test_summary():
+    lines = [
+        step("16bit", 4000.0),
+        step("w8a8", 2000.0),
+        step("llm_int8", 3000.0),
+        step(EAGER, 29000.0),
+        step(BITSANDBYTES, 90000.0),
+    ]
+    del (skipped := step(COMPILED, 0.0))["p50_us"]
+    bars = {bar.name.split(": ")[1]: bar for bar in models_summary.decode_bars([*lines, skipped])}
+    assert {name: bar.passes for name, bar in bars.items()} == {
+        "w8a8 against 16bit": True,
+        "w8a8, part of the limit": True,
+        "w8a8 against transformers": False,
+        "llm_int8 against bitsandbytes": True,
+        "w8a8, memory of the weights": True,
+    }
+    assert bars["w8a8 against transformers"].value == pytest.approx(14.5)
+    head, _, row, _ = models_summary.decode_table([*lines, skipped])
+    assert "compiled" not in head
+    assert row.startswith("| llama-7b, 1, 512 | 4.00 | 2.00 | 2.00 | 70% | 3.00 | 29.00 |")
 
 
 def test_a_prompt_is_read_anew():
