@@ -8,6 +8,8 @@ that a run is judged by.
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,9 +176,12 @@ def ops_table(lines: list[Line], *, at_least: float = 0.005) -> list[str]:
         if line["share"] < at_least:
             continue
         shape = line["shape"]
+        largest = max(json.loads(shape["inputs"]), key=math.prod, default=[])
+        kernels = ", ".join(line["config"]["kernels"])
+        size = " × ".join(map(str, largest))
         rows.append(
             {
-                "op": f"`{line['tag']}` {', '.join(line['config']['kernels'])}",
+                "op, its largest input": f"`{line['tag']}` {size} {kernels}",
                 "of a step of": f"{shape['model']}, {shape['batch']}, {shape['context']}, "
                 f"{line['implementation']}",
                 "calls": f"{line['calls']:g}",

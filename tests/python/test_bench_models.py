@@ -88,6 +88,9 @@ def test_decode(tmp_path, capsys):
     assert sum(products) == 2 * 2 * 4  # batches, layers, products
     assert sum(line["share"] for line in quantised) == pytest.approx(2, abs=1e-2)
     assert "fastq::flash_decode" in capsys.readouterr().out
+    rows = models_summary.ops_table(quantised, at_least=0)
+    assert len(rows) == len(quantised) + 3
+    assert any("`fastq::kv_append` 3 × 26 × 4 × 16" in row for row in rows)
 
 
 def test_prefill(tmp_path):
