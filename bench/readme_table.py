@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import int8_gemm_summary
+from . import int8_gemm_summary, models_summary
 from .flash_decode import COPY, INT8
 from .int8_gemm_cases import BF16_MM, INT_MM, QLINEAR
 from .int8_gemm_summary import PACKED, QUANTIZED
@@ -262,12 +262,15 @@ def section(folder: Path) -> list[str]:
     ops = ("int8_gemm", "flash_attention", "flash_decode", "kv_append", "quantize", "call_overhead")
     gemm, attention, decode, append, quantize, overhead = (read(folder, op) for op in ops)
     llm_int8, backward = (read(folder, op) for op in ("llm_int8", "int8_linear_backward"))
+    steps, prompts = (read(folder, op) for op in ("decode", "prefill"))
     lines = gemm + llm_int8 + backward + attention + decode + append + quantize + overhead
+    lines += steps + prompts
     if not lines:
         return []
     last = max(lines, key=lambda line: line["time"])
     threads = f", {last['threads']} threads" if "threads" in last else ""
     text = [f"**{last['device']}**{threads}, torch {last['torch']}, {last['time'][:10]}", ""]
+    text += models_summary.decode_table(steps) + models_summary.prefill_table(prompts)
     if gemm:
         text += gemm_tables(gemm)
     if llm_int8:

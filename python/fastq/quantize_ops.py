@@ -80,8 +80,11 @@ def _quantize(
     absent ones: the first is quantised. `arguments` stand before the shared ones.
     """
     (name, x), *_ = tensors.items()
-    check_tensors(op, **{name: x})
-    check_tensors(op, **{key: tensor for key, tensor in tensors.items() if tensor is not None})
+    # What is direct has passed the checks of tensors, which cost as much as the rest.
+    direct = x is not None and is_direct(*tensors.values(), smooth, scale, zero_point)
+    if not direct:
+        check_tensors(op, **{name: x})
+        check_tensors(op, **{key: tensor for key, tensor in tensors.items() if tensor is not None})
     if x.dim() < 1:
         raise ValueError(f"{op}: {name} has shape (), expected (..., K)")
     if rotation != 0:
@@ -95,9 +98,10 @@ def _quantize(
         raise ValueError(
             f"{op}: zero_point is given without scale; asymmetric=True finds one for each row"
         )
-    given = {"smooth": smooth, "scale": scale, "zero_point": zero_point}
-    check_tensors(op, **{key: tensor for key, tensor in given.items() if tensor is not None})
-    direct = is_direct(*tensors.values(), smooth, scale, zero_point)
+    if not direct:
+        given = {"smooth": smooth, "scale": scale, "zero_point": zero_point}
+        check_tensors(op, **{key: tensor for key, tensor in given.items() if tensor is not None})
+        direct = is_direct(*tensors.values(), smooth, scale, zero_point)
     q, *rest = entries[0 if direct else 1](
         *arguments, smooth, rotation, scale, zero_point, asymmetric
     )

@@ -10,7 +10,12 @@ import torch
 import fastq
 from decoders import VOCABULARY, make_decoder, token_batches
 from fastq.runtime import CausalLM, generate, generate_tokens
-from fastq.runtime.decode_graph import FEWEST_STEPS, DecodeStep, why_no_graph
+from fastq.runtime.decode_graph import (
+    FEWEST_STEPS,
+    DecodeStep,
+    why_no_graph,
+    why_not_capturable,
+)
 
 RAGGED = ([1, 2, 3, 4, 5, 6, 7], [9], [30, 31, 32, 33], [11, 12])
 SHAPES = {
@@ -36,11 +41,14 @@ SHAPES = {
 
 
 def quantised(device, scheme="w8a8", dtype=torch.bfloat16, **config) -> CausalLM:
+    """A decoder by a scheme; None leaves it in float."""
     sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96}
     model = make_decoder(device, dtype, **{**sizes, "max_position_embeddings": 128, **config})
     for parameter in model.parameters():  # logits far enough from each other
         if parameter.dim() == 2:
             parameter.mul_(4)
+    if scheme is None:
+        return model
     return fastq.quantize(model, scheme, calibration=token_batches(device=device))
 
 
@@ -59,6 +67,17 @@ class TestGraph:
         assert len({token for result in actual for token in result.ids}) > 5
         for one, other in zip(actual, expected, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("scheme", [None, "w8a8", "w8a8_tensor", "llm_int8"])
+    @pytest.mark.parametrize("kv_cache", [None, "int8"])
+    def test_modules(self, shape, scheme, kv_cache):
+        """Decoders in float, of other schemes, or with the fused path switched off."""
+        model = quantised("cuda", scheme, **SHAPES[shape])
+        model.use_fused = False
+        options = {"max_new_tokens": 24, "stop_token_ids": (), "kv_cache": kv_cache}
+        actual = generate(model, RAGGED, use_graph=True, **options)
+        assert actual == generate(model, RAGGED, use_graph=False, **options)
 
     def test_sampling_and_penalty(self):
         model = quantised("cuda")
@@ -139,6 +158,25 @@ class TestWithoutGraph:
             for tokens in torch.randint(VOCABULARY, (5, 2), device=device):
                 assert torch.equal(step(tokens), model(tokens[:, None], other)[:, -1])
 
+    def test_modules_that_are_not_known(self):
+        model = make_decoder()
+        assert why_not_capturable(model) is None
+        assert why_not_capturable(quantised("cpu", "llm_int8", torch.float32)) is None
+        mlp = model.model.layers[1].mlp
+        mlp.up_proj = torch.nn.Sequential(mlp.up_proj)
+        assert why_not_capturable(model) == (
+            "model.layers.1.mlp.up_proj is a Sequential, expected a Linear, Int8Linear or "
+            "OutlierLinear"
+        )
+        mlp.up_proj = mlp.up_proj[0]
+        handle = mlp.register_forward_hook(lambda *args: None)
+        assert why_not_capturable(model) == "its modules have hooks"
+        handle.remove()
+        model.model.layers[2] = torch.nn.Sequential()
+        assert why_not_capturable(model) == (
+            "model.layers.2 is a Sequential, expected a DecoderLayer"
+        )
+
     def test_a_cpu_has_none(self):
         model = quantised("cpu", dtype=torch.float32)
         assert why_no_graph(model, model.new_cache(1, 4)) == ("the model is on cpu, expected cuda")
@@ -147,11 +185,11 @@ class TestWithoutGraph:
 
     @pytest.mark.cuda
     def test_reasons(self):
-        model = make_decoder("cuda", torch.bfloat16)
-        cache = model.new_cache(1, 4)
-        assert "fused path" in why_no_graph(model, cache)
         model = quantised("cuda")
+        cache = model.new_cache(1, 4)
         assert why_no_graph(model, cache) is None
+        with torch.autocast("cuda", torch.bfloat16):
+            assert why_no_graph(model, cache) == "autocast is on"
         assert "no kernel for torch.float32" in why_no_graph(copy.deepcopy(model).float(), cache)
         model.lm_head.register_forward_hook(lambda *args: None)
         assert why_no_graph(model, cache) == "its modules have hooks"

@@ -14,6 +14,7 @@ from fastq.runtime import (
     ModelConfig,
     generate,
     generate_tokens,
+    generation,
     load_model,
     sample,
 )
@@ -225,6 +226,12 @@ def test_min_new_tokens(device):
     assert free[0] not in tokens[:6]
 
 
+def test_a_stop_token_outside_the_vocabulary_never_comes():
+    options = {"max_new_tokens": 5, "min_new_tokens": 5}
+    expected = new_ids(make_model(), [1, 2], stop_token_ids=(), **options)
+    assert new_ids(make_model(), [1, 2], stop_token_ids=(10**6, -1), **options) == expected
+
+
 def test_the_longest_generation_fits():
     assert len(new_ids(make_model(), [1] * 4, max_new_tokens=60)[0]) == 60
 
@@ -405,6 +412,38 @@ def test_the_host_waits_once_a_step(monkeypatch):
     reads.clear()
     assert len(list(steps)) == 4
     assert len(reads) == 4
+
+
+class TestRunningAhead:
+    """The next step is launched before the tokens are looked at, as on a GPU."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"logprobs": True, "stop_token_ids": (3, 14, 15, 92, 65)},
+            {"temperature": 0.9, "repetition_penalty": 1.3, "seed": 4, "logprobs": True},
+            {"min_new_tokens": 3, "stop_token_ids": tuple(range(0, 100, 3))},
+        ],
+    )
+    def test_the_same_comes_out(self, monkeypatch, options):
+        model = make_model()
+        prompts = [[1, 2, 3, 4], [50, 51], [7]]
+        expected = generate(model, prompts, max_new_tokens=9, **options)
+        monkeypatch.setattr(generation, "_runs_ahead", lambda device: True)
+        assert generate(model, prompts, max_new_tokens=9, **options) == expected
+
+    def test_a_step_in_vain(self, monkeypatch):
+        """None after the last token that may come; one where the sequences end before."""
+        monkeypatch.setattr(generation, "_runs_ahead", lambda device: True)
+        model, lengths = make_model(), []
+        model.register_forward_hook(lambda module, args, out: lengths.append(args[0].shape[1]))
+        first = generate(model, [1, 2, 3], max_new_tokens=4, stop_token_ids=())[0].ids[0]
+        assert lengths == [3, 1, 1, 1]
+        lengths.clear()
+        result = generate(model, [1, 2, 3], max_new_tokens=4, stop_token_ids=(first,))[0]
+        assert result.finish_reason == "stop"
+        assert lengths == [3, 1]
 
 
 class TestBadInput:

@@ -1,9 +1,9 @@
 """A step of decoding as one CUDA graph.
 
-A step of a fused decoder is some ten kernels a layer, each of a few microseconds: launching them
-one by one takes the host longer than running them takes the GPU. A graph launches all of them at
-once. All that changes from step to step is read on the device: the tokens and the lengths of the
-sequences.
+A step of a fused decoder is some ten kernels a layer, one of a decoder's modules some thirty, each
+of a few microseconds: launching them one by one takes the host longer than running them takes the
+GPU. A graph launches all of them at once. All that changes from step to step is read on the device:
+the tokens and the lengths of the sequences.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention import has_kernel
 from .kv_cache import KVCache
-from .model import CausalLM, check_room
+from .model import CausalLM, DecoderLayer, check_room
 
 # A capture takes about as long as two steps without a graph.
 FEWEST_STEPS = 8
@@ -28,15 +28,26 @@ def why_no_graph(model: CausalLM, cache: KVCache) -> str | None:
         return f"the model is on {model.device.type}, expected cuda"
     if not has_kernel(torch.empty(0, dtype=model.dtype, device=model.device)):
         return f"attention has no kernel for {model.dtype} on cuda"
-    if model.fused_decoder(cache) is None:
-        return "the model does not run on the fused path"
-    # Here: `runtime` may be imported by itself.
-    from ..nn import Int8Linear
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on"  # its cache of cast weights would stay in the graph
+    return why_not_capturable(model)
 
-    if type(model.lm_head) not in (nn.Linear, Int8Linear):
-        return f"lm_head is a {type(model.lm_head).__name__}, expected a Linear or Int8Linear"
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        return "its modules have hooks"
+
+def why_not_capturable(model: CausalLM) -> str | None:
+    """Which module is not known to launch the same kernels in every step, without waiting."""
+    # Here: `runtime` may be imported by itself.
+    from ..nn import Int8Linear, OutlierLinear
+
+    linears = (nn.Linear, Int8Linear, OutlierLinear)
+    for index, layer in enumerate(model.model.layers):
+        if type(layer) is not DecoderLayer:
+            return f"model.layers.{index} is a {type(layer).__name__}, expected a DecoderLayer"
+    for name, module in model.named_modules():
+        if name.endswith(("_proj", "lm_head")) and type(module) not in linears:
+            kinds = "Linear, Int8Linear or OutlierLinear"
+            return f"{name} is a {type(module).__name__}, expected a {kinds}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "its modules have hooks"
     return None
 
 

@@ -66,7 +66,8 @@ def generate_tokens(
 ) -> Iterator[Step]:
     """Yields a `Step` for each new token, until every sequence has ended.
 
-    The host waits for the device once a step, for the tokens.
+    The host waits for the device once a step, for the tokens. A GPU computes the step after them
+    meanwhile, in vain where all sequences end.
 
     Args:
         model: the decoder.
@@ -85,8 +86,8 @@ def generate_tokens(
         logprobs: tell the log-probabilities of the tokens, under the model itself.
         kv_cache: "int8" stores keys and values in 8 bits, with a scale for each token and head;
             None in the model's dtype.
-        use_graph: whether decoding runs as a CUDA graph (see `DecodeStep`); None: where it can, the
-            model is quantised and on a GPU, and it pays.
+        use_graph: whether decoding runs as a CUDA graph (see `DecodeStep`); None: where it can and
+            it pays.
         ended: a set which the caller may add indices of sequences to, to end them.
 
     Raises:
@@ -118,13 +119,20 @@ def generate_tokens(
         cache = new_cache(model, len(rows), capacity, kv_cache)
         logits = _prefill(model, rows, cache)
     decode = DecodeStep(model, cache, max_new_tokens - 1, use_graph=use_graph)
+    runs_ahead = _runs_ahead(model.device)
     for step in range(max_new_tokens):
         tokens = chooser.choose(logits, step, may_stop=step >= min_new_tokens)
-        yield _fetch(tokens, logits if logprobs else None, stops, ended, step + 1 == max_new_tokens)
+        chosen = _Chosen(tokens, logits if logprobs else None)
+        is_last = step + 1 == max_new_tokens
+        if runs_ahead and not is_last:
+            with explained():
+                logits = decode(tokens)
+        yield _tell(chosen, stops, ended, is_last)
         if len(ended) == len(rows):  # all have after the last step
             return
-        with explained():
-            logits = decode(tokens)
+        if not runs_ahead:
+            with explained():
+                logits = decode(tokens)
 
 
 def generate(
@@ -226,7 +234,8 @@ class _Chooser:
         stops: tuple[int, ...],
     ) -> None:
         self._sampling = sampling
-        self._stops = torch.tensor(stops, dtype=torch.int64, device=model.device)
+        known = [stop for stop in stops if 0 <= stop < model.config.vocab_size]
+        self._stops = torch.tensor(known, dtype=torch.int64, device=model.device)
         self._uniforms = self._seen = None
         if sampling.temperature > 0:
             self._uniforms = uniforms(seeds, max_new_tokens, model.device)
@@ -266,18 +275,44 @@ def _prefill(model: CausalLM, rows: list[list[int]], cache: KVCache) -> Tensor:
     return model(ids, cache, last_only=True, **mask)[:, -1]
 
 
-def _fetch(
-    tokens: Tensor, logits: Tensor | None, stops: tuple[int, ...], ended: set[int], is_last: bool
-) -> Step:
-    """One transfer to the host; adds to `ended` what ends here."""
-    logprobs = None
-    if logits is None:
-        values = tokens.tolist()
-    else:
-        chosen = logits.float().log_softmax(-1).gather(-1, tokens[:, None])
-        pairs = torch.cat((tokens[:, None].double(), chosen.double()), dim=1).tolist()
-        values = [int(token) for token, _ in pairs]
-        logprobs = [None if b in ended else pairs[b][1] for b in range(len(pairs))]
+def _runs_ahead(device: torch.device) -> bool:
+    """Whether the next step is launched before the host looks at the tokens that it follows."""
+    return device.type == "cuda"
+
+
+class _Chosen:
+    """The tokens that were chosen and, where `logits` are given, their log-probabilities, on their
+    way to the host. What is launched later may overwrite the logits, and is not waited for."""
+
+    def __init__(self, tokens: Tensor, logits: Tensor | None) -> None:
+        values = tokens
+        if logits is not None:
+            chosen = logits.float().log_softmax(-1).gather(-1, tokens[:, None])
+            values = torch.cat((tokens[:, None].double(), chosen.double()), dim=1)
+        self._has_logprobs = logits is not None
+        self._arrived = None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = host.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(values.device).record_event()
+        else:
+            self._values = values
+
+    def wait(self) -> tuple[list[int], list[float] | None]:
+        """Tokens and log-probabilities; None where those were not asked for."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values = self._values.tolist()
+        if not self._has_logprobs:
+            return values, None
+        return [int(token) for token, _ in values], [logprob for _, logprob in values]
+
+
+def _tell(chosen: _Chosen, stops: tuple[int, ...], ended: set[int], is_last: bool) -> Step:
+    """Waits for the tokens; adds to `ended` what ends with them."""
+    values, logprobs = chosen.wait()
+    if logprobs is not None:
+        logprobs = [None if b in ended else logprob for b, logprob in enumerate(logprobs)]
     reasons: list[str | None] = [None] * len(values)
     shown: list[int | None] = list(values)
     for b, token in enumerate(values):
