@@ -32,7 +32,7 @@ __device__ inline void gather_rows(const OutlierParams& p, const FoundOutliers& 
   }
 }
 
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ OutlierParams p) {
+__global__ void __launch_bounds__(kThreads, 16) gather_kernel(const __grid_constant__ OutlierParams p) {
   wait_for_predecessor();
   let_successor_start();
   __shared__ FoundOutliers found;
