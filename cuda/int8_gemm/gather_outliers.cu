@@ -19,27 +19,28 @@ __global__ void clear_mask(uint32_t* mask, int words) {
 }
 
 template <bool kIsX>
-__device__ inline void gather_rows(const OutlierParams& p, const FoundOutliers& found, int count,
-                                   int rows, float* to, int64_t stride) {
+__device__ inline void gather_rows(const OutlierParams& p, const FoundOutliers& found, int rows,
+                                   float* to, int64_t stride) {
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < rows; row += step) {
     const float scale = kIsX ? 0 : weight_scale(p, row);
-    for (int i = 0; i < count; ++i) {
-      const uintptr_t at = outlier_address<kIsX>(p, found, i, row);
+    const OutlierRow<kIsX> its(p, row);
+    for (int i = 0; i < found.gathered(); ++i) {
+      const uintptr_t at = its.address(found, i);
       to[i * stride + row] =
-          outlier_value<kIsX>(p, found, i, static_cast<uint32_t>(at), *word_of(at), scale);
+          outlier_value<kIsX>(p, found.is_kept[i], *word_of(at), static_cast<uint32_t>(at), scale);
     }
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 16) gather_kernel(const __grid_constant__ OutlierParams p) {
+__global__ void __launch_bounds__(kThreads, 16)
+    gather_kernel(const __grid_constant__ OutlierParams p) {
   wait_for_predecessor();
   let_successor_start();
   __shared__ FoundOutliers found;
-  find_outliers(p, found, threadIdx.x / 32, [] { __syncthreads(); });
-  const int count = min(found.total(), kOutlierCapacity);
-  gather_rows<true>(p, found, count, p.M, p.split.gathered_x, p.split.stride_gx);
-  gather_rows<false>(p, found, count, p.N, p.split.gathered_b, p.split.stride_gb);
+  find_outliers(p, found, [] { __syncthreads(); });
+  gather_rows<true>(p, found, p.M, p.split.gathered_x, p.split.stride_gx);
+  gather_rows<false>(p, found, p.N, p.split.gathered_b, p.split.stride_gb);
 }
 
 // By device: whether the kernels' code there can wait for its predecessor.

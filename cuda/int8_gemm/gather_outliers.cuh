@@ -11,19 +11,16 @@
 
 namespace fastq::cuda {
 
-// The first kOutlierCapacity columns, some found by each warp.
+// The first kOutlierCapacity columns: where their elements lie, from the beginning of a row on.
 struct FoundOutliers {
-  int count[2];  // of all that it found
+  int count[2];  // of all that each warp found
   int columns[2][kOutlierCapacity];
-  int kept[2][kOutlierCapacity];  // which of the kept columns it is; -1: none
+  int64_t x[kOutlierCapacity];     // bytes behind the row's first
+  uintptr_t b[kOutlierCapacity];   // the address of row 0's
+  bool is_kept[kOutlierCapacity];  // b is one of the columns with weights of their own
 
   __device__ int total() const { return count[0] + count[1]; }
-  __device__ int column(int i) const {
-    return i < count[0] ? columns[0][i] : columns[1][i - count[0]];
-  }
-  __device__ int kept_column(int i) const {
-    return i < count[0] ? kept[0][i] : kept[1][i - count[0]];
-  }
+  __device__ int gathered() const { return min(total(), kOutlierCapacity); }
 };
 
 // Finds the flagged columns of the words from `begin` to before `end` for a warp, and returns how
@@ -61,60 +58,75 @@ __device__ inline int find_outliers(const OutlierParams& p, int begin, int end,
   return found;
 }
 
-// Finds all columns, by warps 0 and 1; meet() lets both see what either has written before.
+__device__ inline int float_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Finds all columns. By 64 threads; meet() lets all see what any has written before.
 template <class Meet>
-__device__ inline void find_outliers(const OutlierParams& p, FoundOutliers& found, int warp,
+__device__ inline void find_outliers(const OutlierParams& p, FoundOutliers& found,
                                      const Meet& meet) {
   const OutlierSplit& split = p.split;
-  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32 % 2;
   const int words = static_cast<int>(ceil_div(p.K, 32)), half = outlier_half(p.K);
   const int its =
       find_outliers(p, warp == 0 ? 0 : half, warp == 0 ? half : words, found.columns[warp]);
-  if (lane == 0) split.num_columns[warp] = found.count[warp] = its;
-  __syncwarp();
-  for (int i = lane; i < min(its, kOutlierCapacity); i += 32) {
-    found.kept[warp][i] = static_cast<int>(kept_column(split, found.columns[warp][i]));
-  }
-  __syncwarp();
+  if (threadIdx.x % 32 == 0) split.num_columns[warp] = found.count[warp] = its;
   meet();
-  if (split.outlier_count != nullptr && blockIdx.x == 0 && lane == 0) {
+  if (split.outlier_count != nullptr && blockIdx.x == 0 && threadIdx.x % 64 == 0) {
     *split.outlier_count = found.total();
   }
+  static_assert(kOutlierCapacity <= 64);
+  if (const int i = threadIdx.x % 64; i < found.gathered()) {
+    const int of_first = found.count[0];
+    const int64_t column = i < of_first ? found.columns[0][i] : found.columns[1][i - of_first];
+    const int64_t kept = kept_column(split, column);
+    found.x[i] = column * split.x.stride_n * float_bytes(split.x.dtype);
+    found.is_kept[i] = kept >= 0;
+    found.b[i] = kept < 0 ? reinterpret_cast<uintptr_t>(p.b) + column * p.stride_bk
+                          : reinterpret_cast<uintptr_t>(split.kept.data) +
+                                kept * split.kept.stride_m * float_bytes(split.kept.dtype);
+  }
+  meet();
 }
 
-__device__ inline int float_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-// Where an element of a row of x (kIsX) or of the weight lies, that of the i-th column.
+// What all elements of a row of x (kIsX) or of the weight need.
 template <bool kIsX>
-__device__ inline uintptr_t outlier_address(const OutlierParams& p, const FoundOutliers& found,
-                                            int i, int64_t row) {
-  const OutlierSplit& split = p.split;
-  if constexpr (kIsX) {
-    const int64_t at = row * split.x.stride_m + found.column(i) * split.x.stride_n;
-    return reinterpret_cast<uintptr_t>(split.x.data) + at * float_bytes(split.x.dtype);
+struct OutlierRow {
+  __device__ OutlierRow(const OutlierParams& p, int64_t row) {
+    if constexpr (kIsX) {
+      const MatrixView& x = p.split.x;
+      start = reinterpret_cast<uintptr_t>(x.data) + row * x.stride_m * float_bytes(x.dtype);
+    } else {
+      start = row * p.stride_bn;
+      kept_start = row * p.split.kept.stride_n * float_bytes(p.split.kept.dtype);
+    }
   }
-  const int kept = found.kept_column(i);
-  if (kept < 0) {
-    return reinterpret_cast<uintptr_t>(p.b) + found.column(i) * p.stride_bk + row * p.stride_bn;
+  __device__ uintptr_t address(const FoundOutliers& found, int i) const {
+    if constexpr (kIsX) return start + found.x[i];
+    return found.b[i] + (found.is_kept[i] ? kept_start : start);
   }
-  const int64_t at = kept * split.kept.stride_m + row * split.kept.stride_n;
-  return reinterpret_cast<uintptr_t>(split.kept.data) + at * float_bytes(split.kept.dtype);
-}
-// The word that holds it.
+
+  uintptr_t start, kept_start;
+};
+
+// The word that holds an element.
 __device__ inline const uint32_t* word_of(uintptr_t address) {
   return reinterpret_cast<const uint32_t*>(address & ~uintptr_t{3});
 }
-// What it is, of that word. `scale` is the weight's row's.
-template <bool kIsX>
-__device__ inline float outlier_value(const OutlierParams& p, const FoundOutliers& found, int i,
-                                      uint32_t address, uint32_t word, float scale) {
+// The element in it.
+__device__ inline float outlier_in(uint32_t word, uint32_t address, DType dtype) {
   const uint32_t bits = word >> (address % 4 * 8);
-  if (!kIsX && found.kept_column(i) < 0) return __fmul_rn(static_cast<int8_t>(bits), scale);
-  const DType dtype = kIsX ? p.split.x.dtype : p.split.kept.dtype;
-  const float value = dtype == DType::kFloat16    ? __half2float(__ushort_as_half(bits))
-                      : dtype == DType::kBFloat16 ? __uint_as_float(bits << 16)
-                                                  : __uint_as_float(bits);
-  return kIsX && !(fabsf(value) >= p.split.threshold) ? 0.0f : value;
+  if (dtype == DType::kFloat16) return __half2float(__ushort_as_half(bits));
+  return __uint_as_float(dtype == DType::kBFloat16 ? bits << 16 : bits);
+}
+template <bool kIsX>
+__device__ inline float outlier_value(const OutlierParams& p, bool is_kept, uint32_t word,
+                                      uint32_t address, float scale) {
+  if constexpr (kIsX) {
+    const float x = outlier_in(word, address, p.split.x.dtype);
+    return fabsf(x) >= p.split.threshold ? x : 0.0f;
+  }
+  if (is_kept) return outlier_in(word, address, p.split.kept.dtype);
+  return __fmul_rn(static_cast<int8_t>(word >> (address % 4 * 8)), scale);
 }
 
 __device__ inline float weight_scale(const OutlierParams& p, int64_t row) {

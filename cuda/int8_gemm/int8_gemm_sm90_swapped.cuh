@@ -240,38 +240,36 @@ __device__ inline void swapped_fill(const OutlierParams& p, const FoundOutliers&
   const int rows = min(kRows, (kIsX ? p.M : p.N) - row0);
 #pragma unroll 1
   for (int i = threadIdx.x % 32; i < rows; i += 32) {
+    const OutlierRow<kIsX> row(p, row0 + i);
 #pragma unroll 1
     for (int c = 0; c < count; ++c) {
       const uint32_t to = cute::cast_smem_ptr_to_uint(&(kIsX ? outliers[c].x : outliers[c].b)[i]);
-      const uintptr_t at = outlier_address<kIsX>(p, found, first + c, row0 + i);
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(word_of(at))
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to),
+                   "l"(word_of(row.address(found, first + c)))
                    : "memory");
     }
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
 #pragma unroll 1
   for (int i = threadIdx.x % 32; i < rows; i += 32) {
+    const OutlierRow<kIsX> row(p, row0 + i);
     const float scale = kIsX ? 0 : weight_scale(p, row0 + i);
 #pragma unroll 1
     for (int c = 0; c < count; ++c) {
       float& to = (kIsX ? outliers[c].x : outliers[c].b)[i];
-      const auto at = static_cast<uint32_t>(outlier_address<kIsX>(p, found, first + c, row0 + i));
-      to = outlier_value<kIsX>(p, found, first + c, at, __float_as_uint(to), scale);
+      const auto at = static_cast<uint32_t>(row.address(found, first + c));
+      to = outlier_value<kIsX>(p, found.is_kept[first + c], __float_as_uint(to), at, scale);
     }
   }
 }
 
-// The outliers of all tiles, by the other two producer warps. A call: inlined, it gets more
-// registers than they have.
+// The outliers of all tiles, by the other two producer warps.
 template <class Traits>
-__device__ __noinline__ void swapped_gather(const SwappedParams& p,
-                                            typename Traits::Shared& shared) {
+__device__ inline void swapped_gather(const SwappedParams& p, typename Traits::Shared& shared) {
   constexpr int kAtATime = Traits::Shared::kOutliers;
   const OutlierParams& outliers = p.output.outliers;
-  find_outliers(outliers, shared.outliers, threadIdx.x / 32 % 2, [&] {
-    if (threadIdx.x % 32 == 0) shared.found.arrive();
-    shared.found.wait(0);
-  });
+  find_outliers(outliers, shared.outliers, [] { cutlass::arch::NamedBarrier::sync(64, 5); });
+  if (threadIdx.x % 64 == 0) shared.found.arrive();
   if (shared.outliers.total() == 0) return;
   uint32_t phases = 0;  // of each warpgroup's barriers
   int warpgroup = 0;
@@ -280,7 +278,7 @@ __device__ __noinline__ void swapped_gather(const SwappedParams& p,
     const int2 origin = tiles.origin(), box = tiles.box(origin);
     const int n0 = box.y + (Traits::kPingpong ? 0 : 64 * warpgroup);
     const bool has_part = n0 < min(p.output.N, origin.y + p.width);
-    const int count = has_part ? min(shared.outliers.total(), kOutlierCapacity) : 0;
+    const int count = has_part ? shared.outliers.gathered() : 0;
 #pragma unroll 1
     for (int first = 0; first < count; first += kAtATime) {
       shared.drained[warpgroup].wait(phases >> warpgroup & 1);
@@ -498,10 +496,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kIsNarrow ? 2 : 1)
       shared.full[i].init(2);  // the two producers
       shared.empty[i].init(Traits::kPerTile * Traits::kCluster);
     }
-    shared.found.init(2);  // the two warps that gather outliers
+    shared.found.init(1);
     for (int i = 0; i < Traits::kConsumers / 128; ++i) {
       shared.drained[i].init(1);
-      shared.filled[i].init(2);
+      shared.filled[i].init(2);  // by the two warps that gather
       shared.phase[i] = false;
     }
     cutlass::arch::fence_barrier_init();
