@@ -23,12 +23,14 @@ __device__ inline void gather_rows(const OutlierParams& p, const FoundOutliers& 
                                    float* to, int64_t stride) {
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < rows; row += step) {
-    const float scale = kIsX ? 0 : weight_scale(p, row);
+    const auto* scales = static_cast<const float*>(p.scale_b.data);
+    const float scale = kIsX ? 0 : scales[row * p.scale_b.stride];
     const OutlierRow<kIsX> its(p, row);
     for (int i = 0; i < found.gathered(); ++i) {
+      const bool is_kept = found.is_kept[i];
       const uintptr_t at = its.address(found, i);
-      to[i * stride + row] =
-          outlier_value<kIsX>(p, found.is_kept[i], *word_of(at), static_cast<uint32_t>(at), scale);
+      const float value = outlier_value<kIsX>(p, is_kept, *word_of(at), static_cast<uint32_t>(at));
+      to[i * stride + row] = kIsX || is_kept ? value : __fmul_rn(value, scale);
     }
   }
 }

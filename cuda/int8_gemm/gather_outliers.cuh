@@ -30,30 +30,39 @@ __device__ inline int find_outliers(const OutlierParams& p, int begin, int end,
   const OutlierSplit& split = p.split;
   const int lane = threadIdx.x % 32;
   int found = 0;
+  constexpr int kAtATime = 4;  // words of a lane, to have as many loads under way
 #pragma unroll 1
-  for (int word = begin + lane; word - lane < end; word += 32) {
-    uint32_t flags = 0;
-    if (word < end) {
-      const uint32_t* from = split.masks + word;
-#pragma unroll 8
-      for (int row = 0; row < split.mask_rows; ++row, from += split.stride_mask) flags |= *from;
-      const int left = p.K - 32 * word;
-      if (left < 32) flags &= (1u << left) - 1;  // what lies behind the columns is not theirs
-    }
-    const int count = __popc(flags);
-    int up_to = count;  // this lane
+  for (int first = begin; first < end; first += 32 * kAtATime) {
+    uint32_t flags[kAtATime] = {};
+    const uint32_t* from = split.masks + first + lane;
+#pragma unroll 2
+    for (int row = 0; row < split.mask_rows; ++row, from += split.stride_mask) {
 #pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, up_to, lanes);
-      if (lane >= lanes) up_to += other;
+      for (int i = 0; i < kAtATime; ++i) {
+        if (first + 32 * i + lane < end) flags[i] |= from[32 * i];
+      }
     }
-    int at = found + up_to - count;
-    for (; flags != 0; flags &= flags - 1, ++at) {
-      const int column = 32 * word + __ffs(flags) - 1;
-      if (at < kOutlierCapacity) columns[at] = column;
-      split.columns[32 * begin + at] = column;
+#pragma unroll
+    for (int i = 0; i < kAtATime; ++i) {
+      const int word = first + 32 * i + lane, left = p.K - 32 * word;
+      // What lies behind the columns is not theirs.
+      uint32_t bits = left >= 32 ? flags[i] : left > 0 ? flags[i] & ((1u << left) - 1) : 0;
+      if (!__any_sync(0xffffffffu, bits)) continue;
+      const int count = __popc(bits);
+      int up_to = count;  // this lane
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, up_to, lanes);
+        if (lane >= lanes) up_to += other;
+      }
+      int at = found + up_to - count;
+      for (; bits != 0; bits &= bits - 1, ++at) {
+        const int column = 32 * word + __ffs(bits) - 1;
+        if (at < kOutlierCapacity) columns[at] = column;
+        split.columns[32 * begin + at] = column;
+      }
+      found += __shfl_sync(0xffffffffu, up_to, 31);
     }
-    found += __shfl_sync(0xffffffffu, up_to, 31);
   }
   return found;
 }
@@ -118,19 +127,16 @@ __device__ inline float outlier_in(uint32_t word, uint32_t address, DType dtype)
   if (dtype == DType::kFloat16) return __half2float(__ushort_as_half(bits));
   return __uint_as_float(dtype == DType::kBFloat16 ? bits << 16 : bits);
 }
+// Of the weight, an int8 as it is: its scale is left to the caller.
 template <bool kIsX>
 __device__ inline float outlier_value(const OutlierParams& p, bool is_kept, uint32_t word,
-                                      uint32_t address, float scale) {
+                                      uint32_t address) {
   if constexpr (kIsX) {
     const float x = outlier_in(word, address, p.split.x.dtype);
     return fabsf(x) >= p.split.threshold ? x : 0.0f;
   }
-  if (is_kept) return outlier_in(word, address, p.split.kept.dtype);
-  return __fmul_rn(static_cast<int8_t>(word >> (address % 4 * 8)), scale);
-}
-
-__device__ inline float weight_scale(const OutlierParams& p, int64_t row) {
-  return static_cast<const float*>(p.scale_b.data)[row * p.scale_b.stride];
+  return is_kept ? outlier_in(word, address, p.split.kept.dtype)
+                 : static_cast<int8_t>(word >> (address % 4 * 8));
 }
 
 }  // namespace fastq::cuda

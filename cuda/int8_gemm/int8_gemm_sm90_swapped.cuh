@@ -98,11 +98,12 @@ struct SwappedTraits {
     };
     static constexpr int kStagingBytes =
         std::max(kChunk * (64 + kPad) * 4, kLineBuffers * kLines * 128);
-    static constexpr int kOutliers = kStagingBytes / static_cast<int>(sizeof(Outliers));
+    // In halves: while one is added, the other is filled.
+    static constexpr int kOutliers = kStagingBytes / static_cast<int>(sizeof(Outliers)) / 2;
     union Staging {
       int32_t sums[kChunk][64 + kPad];
       uint4 lines[kLineBuffers][kLines][8];
-      Outliers outliers[kOutliers];
+      Outliers outliers[2][kOutliers];
     };
     alignas(16) Staging staging[kWarpgroups];
     alignas(16) OutputRow rows[kWarpgroups][kTokens];
@@ -110,9 +111,9 @@ struct SwappedTraits {
     cutlass::arch::ClusterTransactionBarrier full[kMaxStages];
     cutlass::arch::ClusterBarrier empty[kMaxStages];
     // The outliers' columns are found; a warpgroup's staging may take their elements, and has some.
-    cutlass::arch::ClusterBarrier found, drained[kWarpgroups], filled[kWarpgroups];
-    bool phase[kWarpgroups];  // of `filled`
-    FoundOutliers outliers;   // the last: it is there only where the product has any
+    cutlass::arch::ClusterBarrier found, drained[kWarpgroups][2], filled[kWarpgroups][2];
+    uint32_t phases[kWarpgroups];  // of `filled`, a bit for each half
+    FoundOutliers outliers;        // the last: it is there only where the product has any
   };
   // Split-K: the whole tile's sums take the stages' place.
   using SplitSums = int32_t[kTileM][kTileN + kPad];
@@ -241,7 +242,7 @@ __device__ inline void swapped_fill(const OutlierParams& p, const FoundOutliers&
 #pragma unroll 1
   for (int i = threadIdx.x % 32; i < rows; i += 32) {
     const OutlierRow<kIsX> row(p, row0 + i);
-#pragma unroll 1
+#pragma unroll 4
     for (int c = 0; c < count; ++c) {
       const uint32_t to = cute::cast_smem_ptr_to_uint(&(kIsX ? outliers[c].x : outliers[c].b)[i]);
       asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to),
@@ -253,12 +254,11 @@ __device__ inline void swapped_fill(const OutlierParams& p, const FoundOutliers&
 #pragma unroll 1
   for (int i = threadIdx.x % 32; i < rows; i += 32) {
     const OutlierRow<kIsX> row(p, row0 + i);
-    const float scale = kIsX ? 0 : weight_scale(p, row0 + i);
-#pragma unroll 1
+#pragma unroll 2
     for (int c = 0; c < count; ++c) {
       float& to = (kIsX ? outliers[c].x : outliers[c].b)[i];
       const auto at = static_cast<uint32_t>(row.address(found, first + c));
-      to = outlier_value<kIsX>(p, found.is_kept[first + c], __float_as_uint(to), at, scale);
+      to = outlier_value<kIsX>(p, found.is_kept[first + c], __float_as_uint(to), at);
     }
   }
 }
@@ -271,7 +271,12 @@ __device__ inline void swapped_gather(const SwappedParams& p, typename Traits::S
   find_outliers(outliers, shared.outliers, [] { cutlass::arch::NamedBarrier::sync(64, 5); });
   if (threadIdx.x % 64 == 0) shared.found.arrive();
   if (shared.outliers.total() == 0) return;
-  uint32_t phases = 0;  // of each warpgroup's barriers
+  uint32_t phases = 0;  // of `drained`, two bits for each warpgroup
+  const auto await_drained = [&](int warpgroup, int half) {
+    const int bit = 2 * warpgroup + half;
+    shared.drained[warpgroup][half].wait(phases >> bit & 1);
+    phases ^= 1u << bit;
+  };
   int warpgroup = 0;
 #pragma unroll 1
   for (SwappedTiles<Traits> tiles(p); tiles.has_tile();) {
@@ -280,9 +285,11 @@ __device__ inline void swapped_gather(const SwappedParams& p, typename Traits::S
     const bool has_part = n0 < min(p.output.N, origin.y + p.width);
     const int count = has_part ? shared.outliers.gathered() : 0;
 #pragma unroll 1
-    for (int first = 0; first < count; first += kAtATime) {
-      shared.drained[warpgroup].wait(phases >> warpgroup & 1);
-      auto* const to = shared.staging[warpgroup].outliers;
+    for (int first = 0, half = 0; first < count; first += kAtATime, half ^= 1) {
+      // All the staging becomes free with a tile, and then a half when it has been added.
+      if (first != kAtATime) await_drained(warpgroup, half);
+      if (first == 0) await_drained(warpgroup, 1);
+      auto* const to = shared.staging[warpgroup].outliers[half];
       const int some = min(kAtATime, count - first);
       if (threadIdx.x % 64 < 32) {
         swapped_fill<Traits, true>(outliers, shared.outliers, first, some, box.x, to);
@@ -290,8 +297,7 @@ __device__ inline void swapped_gather(const SwappedParams& p, typename Traits::S
         swapped_fill<Traits, false>(outliers, shared.outliers, first, some, n0, to);
       }
       __syncwarp();
-      if (threadIdx.x % 32 == 0) shared.filled[warpgroup].arrive();
-      phases ^= 1u << warpgroup;
+      if (threadIdx.x % 32 == 0) shared.filled[warpgroup][half].arrive();
     }
     if (++warpgroup == Traits::kConsumers / 128) warpgroup = 0;
     if (Traits::kPingpong || warpgroup == 0) tiles.next();
@@ -384,6 +390,30 @@ __device__ inline void swapped_split_tile(const SwappedParams& p, const SwappedT
   cute::cluster_sync();  // the others may still read here
 }
 
+// The outliers' products, as they are filled in, are added to what are floats by then.
+template <class Traits>
+__device__ inline void swapped_add_outliers(typename Traits::Shared& shared,
+                                            const SwappedPart& part, int warpgroup,
+                                            const SwappedPlainColumns<Traits>& columns,
+                                            typename Traits::Sums& acc) {
+  constexpr int kAtATime = Traits::Shared::kOutliers;
+  const int count = shared.outliers.gathered(), chunks = (count + kAtATime - 1) / kAtATime;
+  const uint32_t phases = shared.phases[warpgroup];
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int half = chunk % 2, first = chunk * kAtATime;
+    shared.filled[warpgroup][half].wait((phases >> half ^ chunk >> 1) & 1);
+    swapped_add_outliers<Traits>(shared.staging[warpgroup].outliers[half],
+                                 &shared.outliers.is_kept[first], min(kAtATime, count - first),
+                                 columns, part.lane128, acc);
+    part.sync();
+    if (chunk + 2 < chunks && part.lane128 == 0) shared.drained[warpgroup][half].arrive();
+  }
+  // The first half has been filled once more than the second where the chunks are odd.
+  const uint32_t turned = ((chunks + 1) / 2 & 1) | (chunks / 2 & 1) << 1;
+  if (part.lane128 == 0) shared.phases[warpgroup] = phases ^ turned;
+}
+
 // A consumer warpgroup: the sums of its tiles, and what becomes of them.
 template <class Traits>
 __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::Shared& shared,
@@ -429,7 +459,7 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
     const SwappedPart part{box.x, n0, origin.x, origin.y, n_end, lane128, 1 + warpgroup};
     auto& staging = shared.staging[warpgroup];
     part.sync();  // the tile before has been written
-    if (has_outliers && n0 < n_end && lane128 == 0) shared.drained[warpgroup].arrive();
+    if (has_outliers && n0 < n_end && lane128 < 2) shared.drained[warpgroup][lane128].arrive();
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (128 * i + lane128 >= Traits::kTileM) continue;
@@ -456,17 +486,7 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
     if (is_scaled) {
       if (!p.output.is_plain) columns.load(p.output, n0, lane128);
       swapped_scale<Traits>(scales, part, columns, acc);
-      constexpr int kAtATime = Traits::Shared::kOutliers;
-      const int count = min(outliers, kOutlierCapacity);
-      bool phase = shared.phase[warpgroup];
-#pragma unroll 1
-      for (int first = 0; first < count; first += kAtATime, phase = !phase) {
-        if (first > 0 && lane128 == 0) shared.drained[warpgroup].arrive();
-        shared.filled[warpgroup].wait(phase);
-        swapped_add_outliers<Traits>(staging, min(kAtATime, count - first), lane128, acc);
-        part.sync();
-      }
-      if (lane128 == 0) shared.phase[warpgroup] = phase;
+      swapped_add_outliers<Traits>(shared, part, warpgroup, columns, acc);
     }
     if (!p.output.is_plain || outliers > kOutlierCapacity) {
       swapped_write<Traits>(p.output, staging, shared.rows[warpgroup], part, {outliers, is_scaled},
@@ -498,9 +518,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kIsNarrow ? 2 : 1)
     }
     shared.found.init(1);
     for (int i = 0; i < Traits::kConsumers / 128; ++i) {
-      shared.drained[i].init(1);
-      shared.filled[i].init(2);  // by the two warps that gather
-      shared.phase[i] = false;
+      for (int half = 0; half < 2; ++half) {
+        shared.drained[i][half].init(1);
+        shared.filled[i][half].init(2);  // by the two warps that gather
+      }
+      shared.phases[i] = 0;
     }
     cutlass::arch::fence_barrier_init();
   }

@@ -13,9 +13,9 @@
 namespace fastq::cuda {
 namespace {
 
-// Up to as many rows have masks of their own: that saves a kernel that clears a common one, and
-// costs each block of the product that many reads.
-constexpr int64_t kMaskRows = 16;
+// Up to as many words of masks rows have masks of their own: that saves a kernel that clears a
+// common one, and costs each block of the product the reading.
+constexpr int64_t kMaskWords = 2048;
 // A tile of the product may read as far behind the last row or column.
 constexpr int64_t kBehind = 256;
 
@@ -49,8 +49,9 @@ struct Call {
     quantize.scale = parts.take<float>(p.M), quantize.stride_s = 1;
     // No comparison with NaN is true.
     quantize.threshold = has_outliers ? p.split.threshold : std::numeric_limits<float>::quiet_NaN();
-    const bool has_masks = p.M <= kMaskRows;
-    const int64_t words = mask_words(p.K), mask_rows = has_masks ? p.M : 1;
+    const int64_t words = mask_words(p.K);
+    const bool has_masks = p.M * words <= kMaskWords;
+    const int64_t mask_rows = has_masks ? p.M : 1;
     quantize.outlier_mask = parts.take<uint32_t>(mask_rows * words);
     quantize.stride_mask = has_masks ? words : 0;
     quantize.device_index = p.device_index, quantize.stream = p.stream;
