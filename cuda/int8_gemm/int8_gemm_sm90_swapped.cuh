@@ -77,7 +77,7 @@ struct SwappedTraits {
   static constexpr bool kIsNarrow = kBlocks == 1 && kTokens * kWarpgroups <= 64;
   // Together no more than the block starts with: 128 registers a thread, 80 or 168.
   static constexpr int kConsumerRegisters = kIsNarrow ? (kWarpgroups == 1 ? 192 : 96) : 232;
-  static constexpr int kProducerRegisters = kIsNarrow ? (kWarpgroups == 1 ? 64 : 48) : 40;
+  static constexpr int kProducerRegisters = kWarpgroups == 1 ? 64 : kIsNarrow ? 48 : 40;
   static constexpr int kMaxStages = 32;
   // Tokens of sums written at a time, their rows padded against bank conflicts.
   static constexpr int kChunk = kTokens < 32 ? kTokens : kTokens % 32 == 0 ? 32 : 16;
