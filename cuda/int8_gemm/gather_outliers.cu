@@ -11,9 +11,10 @@ namespace {
 
 constexpr int kThreads = 64;
 
+// The successor waits for this kernel, and so for what came before it, whenever it starts.
 __global__ void clear_mask(uint32_t* mask, int words) {
-  wait_for_predecessor();
   let_successor_start();
+  wait_for_predecessor();
   const int at = blockIdx.x * kThreads + threadIdx.x;
   if (at < words) mask[at] = 0;
 }
@@ -25,12 +26,11 @@ __device__ inline void gather_rows(const OutlierParams& p, const FoundOutliers& 
   for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < rows; row += step) {
     const auto* scales = static_cast<const float*>(p.scale_b.data);
     const float scale = kIsX ? 0 : scales[row * p.scale_b.stride];
-    const OutlierRow<kIsX> its(p, row);
     for (int i = 0; i < found.gathered(); ++i) {
-      const bool is_kept = found.is_kept[i];
-      const uintptr_t at = its.address(found, i);
-      const float value = outlier_value<kIsX>(p, is_kept, *word_of(at), static_cast<uint32_t>(at));
-      to[i * stride + row] = kIsX || is_kept ? value : __fmul_rn(value, scale);
+      const OutlierColumn<kIsX> column(p, found, i, static_cast<int>(row), 0);
+      const float value = outlier_value<kIsX>(p, column.is_kept, *word_of(column.address),
+                                              static_cast<uint32_t>(column.address));
+      to[i * stride + row] = kIsX || column.is_kept ? value : __fmul_rn(value, scale);
     }
   }
 }

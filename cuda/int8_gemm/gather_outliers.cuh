@@ -97,24 +97,26 @@ __device__ inline void find_outliers(const OutlierParams& p, FoundOutliers& foun
   meet();
 }
 
-// What all elements of a row of x (kIsX) or of the weight need.
+// Where the elements of a column lie, in every `step`-th row of x (kIsX) or of the weight.
 template <bool kIsX>
-struct OutlierRow {
-  __device__ OutlierRow(const OutlierParams& p, int64_t row) {
-    if constexpr (kIsX) {
-      const MatrixView& x = p.split.x;
-      start = reinterpret_cast<uintptr_t>(x.data) + row * x.stride_m * float_bytes(x.dtype);
-    } else {
-      start = row * p.stride_bn;
-      kept_start = row * p.split.kept.stride_n * float_bytes(p.split.kept.dtype);
-    }
+struct OutlierColumn {
+  __device__ OutlierColumn(const OutlierParams& p, const FoundOutliers& found, int i, int row,
+                           int step) {
+    const MatrixView& x = p.split.x;
+    const MatrixView& kept = p.split.kept;
+    is_kept = !kIsX && found.is_kept[i];
+    const int64_t stride = kIsX      ? x.stride_m * float_bytes(x.dtype)
+                           : is_kept ? kept.stride_n * float_bytes(kept.dtype)
+                                     : p.stride_bn;
+    address = kIsX ? reinterpret_cast<uintptr_t>(x.data) + found.x[i] : found.b[i];
+    address += row * stride;
+    bytes = step * stride;
   }
-  __device__ uintptr_t address(const FoundOutliers& found, int i) const {
-    if constexpr (kIsX) return start + found.x[i];
-    return found.b[i] + (found.is_kept[i] ? kept_start : start);
-  }
+  __device__ void next() { address += bytes; }
 
-  uintptr_t start, kept_start;
+  bool is_kept;
+  uintptr_t address;
+  int64_t bytes;
 };
 
 // The word that holds an element.

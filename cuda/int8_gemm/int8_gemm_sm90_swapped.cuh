@@ -237,28 +237,37 @@ template <class Traits, bool kIsX>
 __device__ inline void swapped_fill(const OutlierParams& p, const FoundOutliers& found, int first,
                                     int count, int row0,
                                     typename Traits::Shared::Outliers* outliers) {
-  constexpr int kRows = kIsX ? Traits::kTileM : 64 * Traits::kBlocks;
-  const int rows = min(kRows, (kIsX ? p.M : p.N) - row0);
+  constexpr int kRows = kIsX ? Traits::kTileM : 64 * Traits::kBlocks, kTurns = (kRows + 31) / 32;
+  const int lane = threadIdx.x % 32, rows = min(kRows, (kIsX ? p.M : p.N) - row0);
 #pragma unroll 1
-  for (int i = threadIdx.x % 32; i < rows; i += 32) {
-    const OutlierRow<kIsX> row(p, row0 + i);
-#pragma unroll 4
-    for (int c = 0; c < count; ++c) {
-      const uint32_t to = cute::cast_smem_ptr_to_uint(&(kIsX ? outliers[c].x : outliers[c].b)[i]);
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to),
-                   "l"(word_of(row.address(found, first + c)))
+  for (int c = 0; c < count; ++c) {
+    OutlierColumn<kIsX> column(p, found, first + c, row0 + lane, 32);
+    float* const to = kIsX ? outliers[c].x : outliers[c].b;
+    const uint32_t words = cute::cast_smem_ptr_to_uint(to + lane);
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i, column.next()) {
+      if (32 * i + lane >= rows) break;
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(words + 128 * i),
+                   "l"(word_of(column.address))
                    : "memory");
     }
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
 #pragma unroll 1
-  for (int i = threadIdx.x % 32; i < rows; i += 32) {
-    const OutlierRow<kIsX> row(p, row0 + i);
-#pragma unroll 2
-    for (int c = 0; c < count; ++c) {
-      float& to = (kIsX ? outliers[c].x : outliers[c].b)[i];
-      const auto at = static_cast<uint32_t>(row.address(found, first + c));
-      to = outlier_value<kIsX>(p, found.is_kept[first + c], __float_as_uint(to), at);
+  for (int c = 0; c < count; ++c) {
+    OutlierColumn<kIsX> column(p, found, first + c, row0 + lane, 32);
+    float* const to = kIsX ? outliers[c].x : outliers[c].b;
+    float values[kTurns];
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i, column.next()) {
+      if (32 * i + lane >= kRows) break;
+      const uint32_t word = __float_as_uint(to[32 * i + lane]);
+      values[i] =
+          outlier_value<kIsX>(p, column.is_kept, word, static_cast<uint32_t>(column.address));
+    }
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      if (32 * i + lane < kRows) to[32 * i + lane] = values[i];
     }
   }
 }

@@ -15,7 +15,7 @@ namespace {
 
 // Up to as many words of masks rows have masks of their own: that saves a kernel that clears a
 // common one, and costs each block of the product the reading.
-constexpr int64_t kMaskWords = 2048;
+constexpr int64_t kMaskWords = 512;
 // A tile of the product may read as far behind the last row or column.
 constexpr int64_t kBehind = 256;
 
