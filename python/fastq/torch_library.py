@@ -39,6 +39,7 @@ _library.define(
     f"activation_quant(Tensor x, Tensor? up, str activation, {_QUANTIZATION}) -> Tensor[]"
 )
 _library.define("quantize_per_channel(Tensor w, int rotation=0) -> (Tensor, Tensor)")
+_library.define("tensor_scale(Tensor x, Tensor? smooth) -> Tensor")
 _library.define("dequantize(Tensor q, Tensor s, ScalarType out_dtype) -> Tensor")
 _library.define("dequantize.out(Tensor q, Tensor s, Tensor(a!) out) -> ()")
 _ATTENTION = (
@@ -368,6 +369,25 @@ def _llm_int8_matmul_fake(x, w, *rest):
     return x.new_empty(llm_int8_shape(x, w), dtype=out_dtype)
 
 
+_LEAST_SCALE = torch.finfo(torch.float32).tiny  # what a scale never falls below
+
+
+def _tensor_scale(x: Tensor, smooth: Tensor | None) -> Tensor:
+    if x.numel() == 0:
+        return torch.ones((), dtype=torch.float32, device=x.device)
+    if smooth is None:
+        absmax = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
+    else:  # rounding is monotonic: the largest of a column stays the largest when divided
+        rows = x.reshape(-1, x.shape[-1])
+        columns = torch.linalg.vector_norm(rows, float("inf"), dim=0, dtype=torch.float32)
+        absmax = (columns * (1 / smooth)).amax()
+    return torch.where(absmax == 0, 1.0, (absmax / 127).clamp(min=_LEAST_SCALE))
+
+
+def _tensor_scale_fake(x, smooth):
+    return x.new_empty((), dtype=torch.float32)
+
+
 # One registration serves every device: the native library itself tells the devices apart. There
 # are no autograd kernels on purpose: they would cost microseconds a call.
 for _name, _kernel, _fake in (
@@ -382,6 +402,7 @@ for _name, _kernel, _fake in (
     ("norm_quant", norm_quant_kernel, _norm_quant_fake),
     ("activation_quant", activation_quant_kernel, _activation_quant_fake),
     ("quantize_per_channel", quantize_per_channel_kernel, _quantize_per_channel_fake),
+    ("tensor_scale", _tensor_scale, _tensor_scale_fake),
     ("dequantize", dequantize_kernel, _dequantize_fake),
     ("dequantize.out", dequantize_out_kernel, lambda *args: None),
     ("flash_attention", flash_attention_kernel, _flash_attention_fake),
@@ -398,6 +419,7 @@ for _name, _kernel, _fake in (
     torch.library.register_fake(f"fastq::{_name}", _fake, lib=_library)
 
 int8_gemm_op = torch.ops.fastq.int8_gemm.default
+tensor_scale_op = torch.ops.fastq.tensor_scale.default
 int8_gemm_out_op = torch.ops.fastq.int8_gemm.out
 quantize_per_token_op = torch.ops.fastq.quantize_per_token.default
 quantize_per_token_options_op = torch.ops.fastq.quantize_per_token.options

@@ -58,7 +58,7 @@ class TestState:
         module = Linear8bitLt(IN, OUT, bias, has_fp16_weights=False, threshold=2.0, device=place)
         if where == "int8":
             module(X.to(device))
-        given = {k: v for k, v in state.items() if k != "weight_format"}
+        given = {k: v.clone() for k, v in state.items() if k != "weight_format"}
         if kind is not None:
             given["weight_format"] = state["weight_format"] if kind == 0 else kind
         module.load_state_dict(given, assign=where == "meta")

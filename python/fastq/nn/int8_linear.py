@@ -10,25 +10,18 @@ from torch import Tensor, nn
 
 from ..ops import PackedWeight, int8_gemm, pack_weight
 from ..quantize_ops import check_rotation, quantize_per_channel, quantize_per_token
+from ..torch_library import tensor_scale_op
 from .frozen_linear import FrozenLinear, autocast, check_linear, needs_gradient
 from .input_gradient import with_input_gradient
 
 _SCHEMES = ("w8a8", "w8a8_tensor", "w8a8_static")
-_LEAST_SCALE = torch.finfo(torch.float32).tiny  # what a scale never falls below
 
 
 def _tensor_scale(x: Tensor, smooth: Tensor | None) -> Tensor:
     """absmax(x / smooth) / 127 as a float32 scalar on x's device: 1 where all is 0, and NaN or Inf
-    where x holds one, so that all that is quantised by it becomes NaN or Inf."""
-    if x.numel() == 0:
-        return torch.ones((), dtype=torch.float32, device=x.device)
-    if smooth is None:
-        absmax = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
-    else:  # rounding is monotonic: the largest of a column stays the largest when divided
-        rows = x.reshape(-1, x.shape[-1])
-        columns = torch.linalg.vector_norm(rows, float("inf"), dim=0, dtype=torch.float32)
-        absmax = (columns * (1 / smooth)).amax()
-    return torch.where(absmax == 0, 1.0, (absmax / 127).clamp(min=_LEAST_SCALE))
+    where x holds one, so that all that is quantised by it becomes NaN or Inf. An op, so that
+    torch.compile takes it from the x that is quantised, and not from one before its rounding."""
+    return tensor_scale_op(x, smooth)
 
 
 def _quantize_per_tensor(weight: Tensor, rotation: int) -> tuple[Tensor, Tensor]:
