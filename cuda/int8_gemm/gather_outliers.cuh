@@ -1,8 +1,11 @@
 // The columns of x that hold outliers, found from the masks that the quantisation has left, and
 // what belongs to them of x and of the weight (see epilogue/outliers.cuh).
 //
-// Two warps of a block do it: those of a Hopper product that would be idle, for the block's own
-// tiles, while the others multiply; elsewhere a kernel of its own has them.
+// Two warps of a block do it. Of a Hopper product it is those that would be idle: for the block's
+// first tile, while the others multiply; and where it has more, all blocks together gather for all
+// of them, since a tile's elements lie far apart, each in a sector of its own. There a block takes
+// 32 rows of x or of the weight at a time, whichever nobody has taken yet: so nothing waits for a
+// block that is not running. Elsewhere a kernel of its own has these warps.
 #pragma once
 
 #include "core/integers.hpp"
@@ -129,16 +132,77 @@ __device__ inline float outlier_in(uint32_t word, uint32_t address, DType dtype)
   if (dtype == DType::kFloat16) return __half2float(__ushort_as_half(bits));
   return __uint_as_float(dtype == DType::kBFloat16 ? bits << 16 : bits);
 }
-// Of the weight, an int8 as it is: its scale is left to the caller.
+// `scale` is that of the weight's row.
 template <bool kIsX>
 __device__ inline float outlier_value(const OutlierParams& p, bool is_kept, uint32_t word,
-                                      uint32_t address) {
+                                      uint32_t address, float scale) {
   if constexpr (kIsX) {
     const float x = outlier_in(word, address, p.split.x.dtype);
     return fabsf(x) >= p.split.threshold ? x : 0.0f;
   }
   return is_kept ? outlier_in(word, address, p.split.kept.dtype)
-                 : static_cast<int8_t>(word >> (address % 4 * 8));
+                 : __fmul_rn(static_cast<int8_t>(word >> (address % 4 * 8)), scale);
+}
+template <bool kIsX>
+__device__ inline float outlier_scale(const OutlierParams& p, int64_t row) {
+  return kIsX ? 0 : static_cast<const float*>(p.scale_b.data)[row * p.scale_b.stride];
+}
+
+// Rows of x (kIsX) or of the weight, one a lane from `row0` on, of all gathered columns.
+template <bool kIsX>
+__device__ inline void gather_rows(const OutlierParams& p, const FoundOutliers& found, int row0) {
+  constexpr int kAtATime = 2;  // all of them read before one is written
+  const int row = row0 + threadIdx.x % 32, count = found.gathered();
+  if (row >= (kIsX ? p.M : p.N)) return;
+  float* to = (kIsX ? p.split.gathered_x : p.split.gathered_b) + row;
+  const int64_t stride = kIsX ? p.split.stride_gx : p.split.stride_gb;
+  const float scale = outlier_scale<kIsX>(p, row);
+#pragma unroll 1
+  for (int first = 0; first < count; first += kAtATime) {
+    uint32_t words[kAtATime], addresses[kAtATime];
+#pragma unroll
+    for (int i = 0; i < kAtATime; ++i) {
+      const OutlierColumn<kIsX> column(p, found, min(first + i, count - 1), row, 0);
+      addresses[i] = static_cast<uint32_t>(column.address);
+      words[i] = *word_of(column.address);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtATime; ++i, to += stride) {
+      if (first + i >= count) break;
+      const bool is_kept = !kIsX && found.is_kept[first + i];
+      *to = outlier_value<kIsX>(p, is_kept, words[i], addresses[i], scale);
+    }
+  }
+}
+
+// What nobody has gathered yet. By a warp of any block; then waits for what others have begun.
+__device__ inline void gather_together(const OutlierParams& p, const FoundOutliers& found) {
+  const int lane = threadIdx.x % 32, of_x = static_cast<int>(ceil_div(p.M, 32));
+  const int chunks = of_x + static_cast<int>(ceil_div(p.N, 32));
+  int done = 0;
+#pragma unroll 1
+  for (;; ++done) {
+    int chunk = lane == 0 ? atomicAdd(p.split.counters, 1) : 0;
+    chunk = __shfl_sync(0xffffffffu, chunk, 0);
+    if (chunk >= chunks) break;
+    if (chunk < of_x) {
+      gather_rows<true>(p, found, 32 * chunk);
+    } else {
+      gather_rows<false>(p, found, 32 * (chunk - of_x));
+    }
+  }
+  __threadfence();
+  __syncwarp();
+  if (lane == 0) {
+    atomicAdd(p.split.counters + 1, done);
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                   : "=r"(done)
+                   : "l"(p.split.counters + 1)
+                   : "memory");
+    } while (done < chunks);
+  }
+  __syncwarp();
 }
 
 }  // namespace fastq::cuda

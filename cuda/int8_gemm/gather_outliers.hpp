@@ -10,8 +10,9 @@ constexpr int kOutlierCapacity = 64;  // columns that are gathered; the others a
 // Words of a mask of K columns.
 int64_t mask_words(int64_t K);
 
-// Clears a mask that rows share, before x is quantised.
-void clear_outlier_mask(uint32_t* mask, int64_t words, int device_index, void* stream);
+// Clears a mask that rows share, and two counters, before x is quantised.
+void clear_outlier_mask(uint32_t* mask, int64_t words, int32_t* counters, int device_index,
+                        void* stream);
 
 // Finds and gathers what the problem's product does not gather itself. After x was quantised.
 void gather_outliers(const Int8GemmProblem& problem);

@@ -76,8 +76,8 @@ struct SwappedTraits {
   // beside this one's.
   static constexpr bool kIsNarrow = kBlocks == 1 && kTokens * kWarpgroups <= 64;
   // Together no more than the block starts with: 128 registers a thread, 80 or 168.
-  static constexpr int kConsumerRegisters = kIsNarrow ? (kWarpgroups == 1 ? 192 : 96) : 232;
-  static constexpr int kProducerRegisters = kWarpgroups == 1 ? 64 : kIsNarrow ? 48 : 40;
+  static constexpr int kConsumerRegisters = kIsNarrow ? (kWarpgroups == 1 ? 192 : 104) : 232;
+  static constexpr int kProducerRegisters = kWarpgroups == 1 ? 64 : kIsNarrow ? 32 : 40;
   static constexpr int kMaxStages = 32;
   // Tokens of sums written at a time, their rows padded against bank conflicts.
   static constexpr int kChunk = kTokens < 32 ? kTokens : kTokens % 32 == 0 ? 32 : 16;
@@ -252,6 +252,11 @@ __device__ inline void swapped_fill(const OutlierParams& p, const FoundOutliers&
                    : "memory");
     }
   }
+  float scales[kTurns];
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    if (32 * i + lane < rows) scales[i] = outlier_scale<kIsX>(p, row0 + 32 * i + lane);
+  }
   asm volatile("cp.async.wait_all;" ::: "memory");
 #pragma unroll 1
   for (int c = 0; c < count; ++c) {
@@ -262,8 +267,8 @@ __device__ inline void swapped_fill(const OutlierParams& p, const FoundOutliers&
     for (int i = 0; i < kTurns; ++i, column.next()) {
       if (32 * i + lane >= kRows) break;
       const uint32_t word = __float_as_uint(to[32 * i + lane]);
-      values[i] =
-          outlier_value<kIsX>(p, column.is_kept, word, static_cast<uint32_t>(column.address));
+      values[i] = outlier_value<kIsX>(p, column.is_kept, word,
+                                      static_cast<uint32_t>(column.address), scales[i]);
     }
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
@@ -272,26 +277,47 @@ __device__ inline void swapped_fill(const OutlierParams& p, const FoundOutliers&
   }
 }
 
-// The outliers of all tiles, by the other two producer warps.
-template <class Traits>
-__device__ inline void swapped_gather(const SwappedParams& p, typename Traits::Shared& shared) {
+// The same of what has been gathered.
+template <class Traits, bool kIsX>
+__device__ inline void swapped_fill_gathered(const OutlierSplit& split, int first, int count,
+                                             int row0,
+                                             typename Traits::Shared::Outliers* outliers) {
+  constexpr int kRows = kIsX ? Traits::kTileM : 64 * Traits::kBlocks;
+  const int lane = threadIdx.x % 32;
+  const int64_t stride = kIsX ? split.stride_gx : split.stride_gb;
+  // Rows are longer than the matrix.
+  const float* from = (kIsX ? split.gathered_x : split.gathered_b) + first * stride + row0 + lane;
+#pragma unroll 1
+  for (int c = 0; c < count; ++c, from += stride) {
+    const uint32_t to = cute::cast_smem_ptr_to_uint((kIsX ? outliers[c].x : outliers[c].b) + lane);
+#pragma unroll
+    for (int i = 0; 32 * i < kRows; ++i) {
+      if (32 * i + lane >= kRows) break;
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to + 128 * i),
+                   "l"(from + 32 * i)
+                   : "memory");
+    }
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// A tile's outliers, from where they lie or as they have been gathered. `phases` has two bits of
+// each warpgroup's `drained`, and above them which warpgroup's turn it is.
+template <class Traits, bool kIsGathered>
+__device__ inline void swapped_fill_tile(const SwappedTiles<Traits>& tiles,
+                                         typename Traits::Shared& shared, uint32_t& phases) {
   constexpr int kAtATime = Traits::Shared::kOutliers;
-  const OutlierParams& outliers = p.output.outliers;
-  find_outliers(outliers, shared.outliers, [] { cutlass::arch::NamedBarrier::sync(64, 5); });
-  if (threadIdx.x % 64 == 0) shared.found.arrive();
-  if (shared.outliers.total() == 0) return;
-  uint32_t phases = 0;  // of `drained`, two bits for each warpgroup
+  const OutlierParams& p = tiles.p.output.outliers;
+  const int2 origin = tiles.origin(), box = tiles.box(origin);
   const auto await_drained = [&](int warpgroup, int half) {
     const int bit = 2 * warpgroup + half;
     shared.drained[warpgroup][half].wait(phases >> bit & 1);
     phases ^= 1u << bit;
   };
-  int warpgroup = 0;
 #pragma unroll 1
-  for (SwappedTiles<Traits> tiles(p); tiles.has_tile();) {
-    const int2 origin = tiles.origin(), box = tiles.box(origin);
-    const int n0 = box.y + (Traits::kPingpong ? 0 : 64 * warpgroup);
-    const bool has_part = n0 < min(p.output.N, origin.y + p.width);
+  for (int part = 0; part < Traits::kPerTile; ++part) {
+    const int warpgroup = Traits::kPingpong ? phases >> 4 : part, n0 = box.y + 64 * part;
+    const bool has_part = n0 < min(p.N, origin.y + tiles.p.width);
     const int count = has_part ? shared.outliers.gathered() : 0;
 #pragma unroll 1
     for (int first = 0, half = 0; first < count; first += kAtATime, half ^= 1) {
@@ -300,16 +326,41 @@ __device__ inline void swapped_gather(const SwappedParams& p, typename Traits::S
       if (first == 0) await_drained(warpgroup, 1);
       auto* const to = shared.staging[warpgroup].outliers[half];
       const int some = min(kAtATime, count - first);
-      if (threadIdx.x % 64 < 32) {
-        swapped_fill<Traits, true>(outliers, shared.outliers, first, some, box.x, to);
+      const bool is_x = threadIdx.x % 64 < 32;
+      if constexpr (kIsGathered) {
+        is_x ? swapped_fill_gathered<Traits, true>(p.split, first, some, box.x, to)
+             : swapped_fill_gathered<Traits, false>(p.split, first, some, n0, to);
       } else {
-        swapped_fill<Traits, false>(outliers, shared.outliers, first, some, n0, to);
+        is_x ? swapped_fill<Traits, true>(p, shared.outliers, first, some, box.x, to)
+             : swapped_fill<Traits, false>(p, shared.outliers, first, some, n0, to);
       }
       __syncwarp();
       if (threadIdx.x % 32 == 0) shared.filled[warpgroup][half].arrive();
     }
-    if (++warpgroup == Traits::kConsumers / 128) warpgroup = 0;
-    if (Traits::kPingpong || warpgroup == 0) tiles.next();
+  }
+  if constexpr (Traits::kPingpong) phases ^= 1u << 4;
+}
+
+// The outliers of all tiles, by the other two producer warps. The first tile does not wait for what
+// the blocks gather together.
+template <class Traits>
+__device__ inline void swapped_gather(const SwappedParams& p, typename Traits::Shared& shared) {
+  const OutlierParams& outliers = p.output.outliers;
+  find_outliers(outliers, shared.outliers, [] { cutlass::arch::NamedBarrier::sync(64, 5); });
+  if (threadIdx.x % 64 == 0) shared.found.arrive();
+  if (shared.outliers.total() == 0) return;
+  SwappedTiles<Traits> tiles(p);
+  uint32_t phases = 0;
+#pragma unroll 1
+  do {
+    swapped_fill_tile<Traits, false>(tiles, shared, phases);
+    tiles.next();
+  } while (tiles.has_tile() && (Traits::kIsNarrow || outliers.split.counters == nullptr));
+  if constexpr (!Traits::kIsNarrow) {  // a narrow tile has few elements
+    if (!tiles.has_tile()) return;
+    gather_together(outliers, shared.outliers);
+#pragma unroll 1
+    for (; tiles.has_tile(); tiles.next()) swapped_fill_tile<Traits, true>(tiles, shared, phases);
   }
 }
 
@@ -403,7 +454,6 @@ __device__ inline void swapped_split_tile(const SwappedParams& p, const SwappedT
 template <class Traits>
 __device__ inline void swapped_add_outliers(typename Traits::Shared& shared,
                                             const SwappedPart& part, int warpgroup,
-                                            const SwappedPlainColumns<Traits>& columns,
                                             typename Traits::Sums& acc) {
   constexpr int kAtATime = Traits::Shared::kOutliers;
   const int count = shared.outliers.gathered(), chunks = (count + kAtATime - 1) / kAtATime;
@@ -413,8 +463,7 @@ __device__ inline void swapped_add_outliers(typename Traits::Shared& shared,
     const int half = chunk % 2, first = chunk * kAtATime;
     shared.filled[warpgroup][half].wait((phases >> half ^ chunk >> 1) & 1);
     swapped_add_outliers<Traits>(shared.staging[warpgroup].outliers[half],
-                                 &shared.outliers.is_kept[first], min(kAtATime, count - first),
-                                 columns, part.lane128, acc);
+                                 min(kAtATime, count - first), part.lane128, acc);
     part.sync();
     if (chunk + 2 < chunks && part.lane128 == 0) shared.drained[warpgroup][half].arrive();
   }
@@ -495,7 +544,7 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
     if (is_scaled) {
       if (!p.output.is_plain) columns.load(p.output, n0, lane128);
       swapped_scale<Traits>(scales, part, columns, acc);
-      swapped_add_outliers<Traits>(shared, part, warpgroup, columns, acc);
+      swapped_add_outliers<Traits>(shared, part, warpgroup, acc);
     }
     if (!p.output.is_plain || outliers > kOutlierCapacity) {
       swapped_write<Traits>(p.output, staging, shared.rows[warpgroup], part, {outliers, is_scaled},

@@ -143,9 +143,7 @@ __device__ inline void swapped_scale(const float* scales, const SwappedPart& par
 // `count` columns with outliers are added to what are floats by then; see epilogue/outliers.cuh.
 template <class Traits>
 __device__ inline void swapped_add_outliers(const typename Traits::Shared::Outliers* outliers,
-                                            const bool* is_kept, int count,
-                                            const SwappedPlainColumns<Traits>& columns, int lane128,
-                                            typename Traits::Sums& acc) {
+                                            int count, int lane128, typename Traits::Sums& acc) {
   const int lane = lane128 % 32;
 #pragma unroll 1
   for (int c = 0; c < count; ++c) {
@@ -154,8 +152,7 @@ __device__ inline void swapped_add_outliers(const typename Traits::Shared::Outli
     float v[Traits::kBlocks][2];
 #pragma unroll
     for (int i = 0; i < 2 * Traits::kBlocks; ++i) {
-      const float its_b = b[i / 2 * 64 + lane128 / 32 * 16 + i % 2 * 8 + lane / 4];
-      v[i / 2][i % 2] = is_kept[c] ? its_b : __fmul_rn(its_b, columns.scale_b[i / 2][i % 2]);
+      v[i / 2][i % 2] = b[i / 2 * 64 + lane128 / 32 * 16 + i % 2 * 8 + lane / 4];
     }
 #pragma unroll
     for (int j = 0; j < Traits::kTileM / 8; ++j) {

@@ -66,6 +66,7 @@ struct Call {
     split.masks = quantize.outlier_mask, split.mask_rows = static_cast<int>(mask_rows);
     split.stride_mask = words;
     split.outlier_count = p.outlier_count;
+    if (!has_masks) split.counters = parts.take<int32_t>(2);  // cleared with the mask
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
@@ -120,7 +121,8 @@ void llm_int8_matmul(const LlmInt8MatmulProblem& p, Workspace& workspace) {
   }
   if (p.M == 0) return;
   if (call.has_outliers && call.quantize.stride_mask == 0) {
-    clear_outlier_mask(call.quantize.outlier_mask, mask_words(p.K), p.device_index, p.stream);
+    clear_outlier_mask(call.quantize.outlier_mask, mask_words(p.K), call.split.counters,
+                       p.device_index, p.stream);
   }
   quantize(call.quantize);
   if (p.N == 0) {

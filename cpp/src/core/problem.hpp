@@ -49,6 +49,8 @@ struct OutlierSplit {
   int mask_rows = 0;
   int64_t stride_mask = 0;
   int32_t* outlier_count = nullptr;
+  // Zeros, where the product's blocks may gather for one another: the chunks begun and done.
+  int32_t* counters = nullptr;
 };
 
 struct Int8GemmProblem {
