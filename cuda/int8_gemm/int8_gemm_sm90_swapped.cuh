@@ -76,8 +76,14 @@ struct SwappedTraits {
   // beside this one's.
   static constexpr bool kIsNarrow = kBlocks == 1 && kTokens * kWarpgroups <= 64;
   // Together no more than the block starts with: 128 registers a thread, 80 or 168.
-  static constexpr int kConsumerRegisters = kIsNarrow ? (kWarpgroups == 1 ? 192 : 104) : 232;
-  static constexpr int kProducerRegisters = kWarpgroups == 1 ? 64 : kIsNarrow ? 32 : 40;
+  static constexpr bool kIsLargest = kBlocks * kTokens > 224;
+  static constexpr int kConsumerRegisters = kIsNarrow    ? (kWarpgroups == 1 ? 192 : 104)
+                                            : kIsLargest ? 232
+                                                         : 224;
+  static constexpr int kProducerRegisters = kWarpgroups == 1 ? 64
+                                            : kIsNarrow      ? 32
+                                            : kIsLargest     ? 40
+                                                             : 56;
   static constexpr int kMaxStages = 32;
   // Tokens of sums written at a time, their rows padded against bank conflicts.
   static constexpr int kChunk = kTokens < 32 ? kTokens : kTokens % 32 == 0 ? 32 : 16;
