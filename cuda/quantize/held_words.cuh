@@ -95,8 +95,8 @@ class OutlierFilter {
   uint32_t threshold_;
 };
 
-// A row as memory has it, but for outliers and relu.
-template <class Traits, bool kIsFull>
+// A row as memory has it, but for outliers and relu. kIsUsual: symmetric, with a scale of its own.
+template <class Traits, int kCount, bool kIsUsual>
 class HeldWords {
  public:
   using T = typename Traits::T;
@@ -115,7 +115,7 @@ class HeldWords {
       });
     }
     if constexpr (Traits::kSource == RowSource::kOutliers) take_outliers();
-    if constexpr (Traits::kSource == RowSource::kPlain && !kIsFull) {
+    if constexpr (Traits::kSource == RowSource::kPlain && !kIsUsual) {
       if (p_.is_static) return store_static();
       if (p_.zero_point != nullptr) return store_asymmetric();
     }
@@ -236,8 +236,8 @@ class HeldWords {
   const QuantizeProblem& p_;
   const RowBlocks& blocks_;
   RowExchange& exchange_;
-  const HeldVectors<Traits, kIsFull> vectors_;
-  RawVector<Traits> held_[Traits::kInRegisters];
+  const HeldVectors<Traits, kCount> vectors_;
+  RawVector<Traits> held_[HeldVectors<Traits, kCount>::kVectors];
 };
 
 }  // namespace fastq::cuda

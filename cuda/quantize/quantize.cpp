@@ -94,32 +94,59 @@ const QuantizeKernel& choose(const QuantizeProblem& p, int most_blocks) {
   return *best;
 }
 
+// The blocks of a row that lies in registers: as many as it takes, and more where they would be
+// large, as one that reads wants another beside it that computes. It depends on the row's length
+// alone, like all that the order of a norm's sums depends on.
+int blocks_of_row(const QuantizeProblem& p, const QuantizeKernel& kernel, int most_blocks) {
+  constexpr int kLarge = 512;  // threads
+  const int64_t of_thread = kernel.in_registers * kernel.vector;
+  int blocks = 1;
+  while (of_thread > 0 && blocks < most_blocks && p.cols > blocks * kLarge * of_thread) blocks *= 2;
+  return blocks;
+}
+
 // Where rows are many, few threads with several vectors each keep memory busy; few rows are done
-// soonest by as many threads as there are vectors. The order of a norm's sums depends on the
-// threads, and must not on the rows.
+// soonest by as many threads as there are vectors, as long as all are under way at once.
 int threads_of_block(const QuantizeProblem& p, const QuantizeKernel& kernel, int sm_count,
                      int blocks) {
+  constexpr int kResident = 1024;  // threads of a multiprocessor, with 64 registers each
   const int64_t vectors = ceil_div(p.cols, kernel.vector * blocks);
-  const int64_t of_thread = p.norm != Norm::kNone     ? 4
-                            : p.rows >= 16 * sm_count ? std::max(kernel.in_registers, 4)
-                            : p.rows >= 4 * sm_count  ? 4
-                            : p.rows > sm_count       ? 2
-                                                      : 1;
-  return static_cast<int>(
-      std::clamp<int64_t>(ceil_div(vectors, 32 * of_thread) * 32, 32, kernel.max_threads));
+  const auto threads_with = [&](int64_t of_thread) {
+    of_thread = std::max(of_thread, ceil_div(vectors, kernel.max_threads));
+    return std::clamp<int64_t>(ceil_div(vectors, 32 * of_thread) * 32, 32, kernel.max_threads);
+  };
+  const bool is_norm = p.norm != Norm::kNone;
+  const int64_t most = is_norm ? 4 : std::max(kernel.in_registers, 4);
+  int64_t of_thread = is_norm ? most : 1;
+  while (of_thread < most && p.rows * blocks > sm_count * (kResident / threads_with(of_thread))) {
+    of_thread *= 2;
+  }
+  return static_cast<int>(threads_with(of_thread));
+}
+
+// Whether a row has what most have: a symmetric scale of its own, and for a norm weight and (layer
+// norm's) bias as they mostly are.
+bool is_usual(const QuantizeProblem& p, RowSource source) {
+  const auto has_usual = [&](const VectorView& v) {
+    return v.data != nullptr && (p.x_dtype == DType::kFloat32 || v.dtype != DType::kFloat32);
+  };
+  if (p.zero_point != nullptr || p.is_static) return false;
+  if (source == RowSource::kRms) return has_usual(p.weight);
+  return source != RowSource::kNorm || (has_usual(p.weight) && has_usual(p.bias));
 }
 
 void launch(const QuantizeProblem& p) {
   const DeviceProps& device = device_props(p.device_index);
   const bool is_hopper = launches_dependent[p.device_index];
-  const QuantizeKernel& kernel = choose(p, is_hopper ? kMaxRowBlocks : 1);
-  int blocks = 1;
-  while (kernel.in_registers > 0 && p.cols > blocks * longest_row(kernel)) blocks *= 2;
+  const int most_blocks = is_hopper ? kMaxRowBlocks : 1;
+  const QuantizeKernel& kernel = choose(p, most_blocks);
+  const int blocks = blocks_of_row(p, kernel, most_blocks);
   const int threads = threads_of_block(p, kernel, device.sm_count, blocks);
   const int64_t step = int64_t{threads} * kernel.vector;
   const int64_t all = kernel.in_registers > 0 ? 0 : ceil_div(p.cols, step) * step;
   const int64_t most = held_bytes(device) / static_cast<int64_t>(sizeof(float)) / step * step;
-  QuantizeParams params{p, static_cast<int>(ceil_div(p.cols, step * blocks)),
+  const int vectors = static_cast<int>(ceil_div(p.cols, step * blocks));
+  QuantizeParams params{p, vectors, is_usual(p, kernel.source) ? vectors : 0,
                         static_cast<int>(std::min(all, most)),
                         1 / static_cast<float>(std::max<int64_t>(p.cols, 1))};
   cudaLaunchConfig_t config{};

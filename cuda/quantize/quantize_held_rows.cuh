@@ -11,14 +11,16 @@
 
 namespace fastq::cuda {
 
-// A row as float32: a norm, an activation, or what options make of a plain one.
-template <class Traits, bool kIsFull>
+// A row as float32: a norm, an activation, or what options make of a plain one. kIsUsual:
+// symmetric, with a scale of its own, and a norm's weight and bias are as they mostly are.
+template <class Traits, int kCount, bool kIsUsual>
 class HeldFloats {
  public:
   using T = typename Traits::T;
   using Floats = typename Traits::Floats;
   using Raw = RawVector<Traits>;
-  static constexpr int kVector = Traits::kVector, kVectors = Traits::kInRegisters;
+  using Vectors = HeldVectors<Traits, kCount>;
+  static constexpr int kVector = Traits::kVector, kVectors = Vectors::kVectors;
   static constexpr bool kHasOther = Traits::kIsNorm || Traits::kMultiplies;
 
   __device__ HeldFloats(const QuantizeParams& params, const RowBlocks& blocks,
@@ -35,10 +37,10 @@ class HeldFloats {
     const bool writes_scale = threadIdx.x == 0 && blocks_.rank == 0;
     if constexpr (Traits::kIsNorm) normalize();
     if constexpr (Traits::kOptions) finish();
-    if (Traits::kOptions && p_.is_static) {
+    if (Traits::kOptions && !kIsUsual && p_.is_static) {
       return store<RowRounding::kStatic>(q, static_scale(*p_.scale, p_.zero_point));
     }
-    if (Traits::kOptions && p_.zero_point != nullptr) {
+    if (Traits::kOptions && !kIsUsual && p_.zero_point != nullptr) {
       const auto [above, below] = extremes();
       const RowScale scale = row_scale(above, below);
       if (writes_scale) {
@@ -70,8 +72,10 @@ class HeldFloats {
           multiply(norm_scale_);
         }
       }
-      vectors_.for_each(
-          [&](int i, int at) { store_packed<kVector>(rounded_products(y_[i], factor), q, at); });
+      vectors_.for_each([&](int i, int at) {
+        if (is_copy_of_none(i)) return;
+        store_packed<kVector>(rounded_products(y_[i], factor), q, at);
+      });
     }
   }
 
@@ -99,7 +103,7 @@ class HeldFloats {
         raw[i].store(out, 1, at);
       });
     }
-    if (Traits::kSource == RowSource::kRms && (kIsFull || is_usual<T>(p_.weight))) {
+    if (Traits::kSource == RowSource::kRms && (kIsUsual || is_usual<T>(p_.weight))) {
       load(weights_, static_cast<const T*>(p_.weight.data));
     }
     const auto convert = [&](const auto& activate) {
@@ -124,8 +128,8 @@ class HeldFloats {
   // From h to y; kRms leaves its scale.
   __device__ void normalize() {
     constexpr bool kIsRms = Traits::kSource == RowSource::kRms;
-    const bool are_usual = kIsFull || (!kIsRms && vectors_.is_any(0) && is_usual<T>(p_.weight) &&
-                                       is_usual<T>(p_.bias));
+    const bool are_usual = kIsUsual || (!kIsRms && vectors_.is_any(0) && is_usual<T>(p_.weight) &&
+                                        is_usual<T>(p_.bias));
     Columns columns;  // on their way while others still sum
     if (!kIsRms && are_usual) columns = load_columns_of(0);
     float sum = 0;
@@ -147,8 +151,8 @@ class HeldFloats {
     if (are_usual) {
       vectors_.for_each([&](int i, int) {
         Floats weight, bias;
+        if (i > 0) columns = load_columns_of(i);
         columns.weight.to_floats(weight), columns.bias.to_floats(bias);
-        if (i + 1 < kVectors && vectors_.is_any(i + 1)) columns = load_columns_of(i + 1);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
           y_[i][j] = fmaf(y_[i][j], weight[j] * norm_scale_, bias[j]);
@@ -186,7 +190,7 @@ class HeldFloats {
 
   // y * weight.
   __device__ void weigh() {
-    if (!kIsFull && p_.weight.data == nullptr) return;
+    if (!kIsUsual && p_.weight.data == nullptr) return;
     const auto multiply = [&](const auto& get) {
       vectors_.for_each([&](int i, int at) {
         Floats weight;
@@ -195,7 +199,7 @@ class HeldFloats {
         for (int j = 0; j < kVector; ++j) y_[i][j] *= weight[j];
       });
     };
-    if (kIsFull || is_usual<T>(p_.weight)) {
+    if (kIsUsual || is_usual<T>(p_.weight)) {
       multiply([&](int i, int, Floats& weight) { weights_[i].to_floats(weight); });
     } else {
       multiply(
@@ -266,6 +270,11 @@ class HeldFloats {
     for (float& y : y_[i]) y = 0;
   }
 
+  // Of a rotation: copies of the row's last vector make no group.
+  __device__ bool is_copy_of_none(int i) const {
+    return Traits::kOptions && i == 0 && !vectors_.is_there(0);
+  }
+
   // Seldom. (The compiler would rather select each product than branch.)
   __device__ void multiply(float factor) {
     asm volatile("");
@@ -280,7 +289,7 @@ class HeldFloats {
     if (scale.kept == 0) return vectors_.store_zeros(q);
     if (scale.lift != 1) multiply(scale.lift);
     vectors_.for_each([&](int i, int at) {
-      if (i == 0 && !vectors_.is_there(0)) return;  // a rotation of copies is none
+      if (is_copy_of_none(i)) return;
       store_packed<kVector>(quantized_bytes<kRounding, Traits::kExact>(y_[i], scale), q, at);
     });
   }
@@ -289,43 +298,41 @@ class HeldFloats {
   const QuantizeProblem& p_;
   const RowBlocks& blocks_;
   RowExchange& exchange_;
-  const HeldVectors<Traits, kIsFull> vectors_;
+  const Vectors vectors_;
   float norm_scale_ = 1;
   Raw weights_[Traits::kSource == RowSource::kRms ? kVectors : 1];
   Floats y_[kVectors];
 };
 
-template <class Traits, bool kIsFull>
+template <class Traits, int kCount, bool kIsUsual>
 __device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks,
                                          RowExchange& exchange) {
   if constexpr (Traits::kHoldsWords) {
-    HeldWords<Traits, kIsFull>(params, blocks, exchange).quantize();
+    HeldWords<Traits, kCount, kIsUsual>(params, blocks, exchange).quantize();
   } else {
-    HeldFloats<Traits, kIsFull>(params, blocks, exchange).quantize();
+    HeldFloats<Traits, kCount, kIsUsual>(params, blocks, exchange).quantize();
   }
 }
 
-template <class Traits>
-__device__ inline bool is_full(const QuantizeParams& params, const RowBlocks& blocks) {
-  using T = typename Traits::T;
-  const QuantizeProblem& p = params.problem;
-  constexpr int kElements = Traits::kInRegisters * Traits::kVector;
-  if (Traits::kOptions || Traits::kSource == RowSource::kOutliers) return false;
-  if (Traits::kHoldsWords && std::is_same_v<T, float>) return false;
-  if (p.zero_point != nullptr || p.is_static) return false;  // would take more registers
-  if (Traits::kIsNorm && !is_usual<T>(p.weight)) return false;
-  if (Traits::kSource == RowSource::kNorm && !is_usual<T>(p.bias)) return false;
-  return p.cols == int64_t{blocks.count * blockDim.x} * kElements;
-}
-
+// The code of usual rows is written out by the number of a thread's vectors.
 template <class Traits>
 __device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks) {
   __shared__ RowExchange exchange;
-  if (is_full<Traits>(params, blocks)) {
-    quantize_held_row<Traits, true>(params, blocks, exchange);
-  } else {
-    quantize_held_row<Traits, false>(params, blocks, exchange);
+  if constexpr (Traits::kHasUsual) {
+    constexpr int kMost = Traits::kInRegisters;
+    const int count = params.usual_vectors;
+    if constexpr (!Traits::kIsNorm) {
+      if (count == 1) return quantize_held_row<Traits, 1, true>(params, blocks, exchange);
+      if (count == 2) return quantize_held_row<Traits, 2, true>(params, blocks, exchange);
+    }
+    if constexpr (Traits::kSource != RowSource::kOutliers) {  // would take more registers
+      if constexpr (kMost > 4) {
+        if (count == 4) return quantize_held_row<Traits, 4, true>(params, blocks, exchange);
+      }
+      if (count == kMost) return quantize_held_row<Traits, kMost, true>(params, blocks, exchange);
+    }
   }
+  quantize_held_row<Traits, 0, false>(params, blocks, exchange);
 }
 
 }  // namespace fastq::cuda

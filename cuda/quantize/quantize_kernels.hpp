@@ -17,8 +17,9 @@ constexpr int kMaxRowBlocks = 4;           // of a cluster, which has a row
 
 struct QuantizeParams {
   QuantizeProblem problem;
-  int vectors;  // of a row, that a thread has at the most, where it has them in registers
-  int held;     // columns in shared memory, a multiple of what a block reads at once
+  int vectors;        // of a row, that a thread has at the most, where it has them in registers
+  int usual_vectors;  // the same of usual rows, and 0 of others
+  int held;           // columns in shared memory, a multiple of what a block reads at once
   float inverse_cols;
 };
 

@@ -30,6 +30,8 @@ struct QuantizeTraits {
   static constexpr int kInRegisters = !kHolds_ ? 0 : kHoldsWords ? 8 : 4;
   // Options take more than the 64 registers that the largest block leaves.
   static constexpr int kThreads = kHolds_ && kOptions && !kIsPlain ? 512 : kMaxQuantizeThreads;
+  // Whether the code of usual rows is apart: not where there would be much of it for few.
+  static constexpr bool kHasUsual = kHoldsWords ? sizeof(T) == 2 : kIsPlain || !kOptions;
   // Vectors that a thread reads at once, where it does not hold them.
   static constexpr int kAtATime = kVector == 1 ? 1 : 2;
   // Single elements may be in a row of any length.
