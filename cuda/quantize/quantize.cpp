@@ -73,15 +73,18 @@ const QuantizeKernel& choose(const QuantizeProblem& p, int most_blocks) {
     source = p.norm == Norm::kRms && p.bias.data == nullptr && !has_options ? RowSource::kRms
                                                                             : RowSource::kNorm;
   } else if (p.activation != Activation::kNone && p.activation != Activation::kRelu) {
-    source = RowSource::kActivation;
     has_options = has_options || is_shifted;
+    source =
+        p.up.data == nullptr && !has_options ? RowSource::kLoneActivation : RowSource::kActivation;
   } else if (p.up.data != nullptr) {
     has_options = true;
   }
   const QuantizeKernel* best = nullptr;
   for (const QuantizeKernel& kernel : kernels()) {
     const bool serves =
-        kernel.source == source || (kernel.source == RowSource::kNorm && source == RowSource::kRms);
+        kernel.source == source ||
+        (kernel.source == RowSource::kNorm && source == RowSource::kRms) ||
+        (kernel.source == RowSource::kActivation && source == RowSource::kLoneActivation);
     if (kernel.dtype != p.x_dtype || !serves) continue;
     if (has_options && !kernel.has_options) continue;
     if (kernel.vector > 1 && !is_vectorizable(p, kernel.vector)) continue;

@@ -9,8 +9,8 @@
 namespace fastq::cuda {
 
 // What comes before the quantisation proper: nothing or relu; nothing, with outliers apart; another
-// activation; an RMS norm without bias; any norm.
-enum class RowSource { kPlain, kOutliers, kActivation, kRms, kNorm };
+// activation; the same and no product with up; an RMS norm without bias; any norm.
+enum class RowSource { kPlain, kOutliers, kActivation, kLoneActivation, kRms, kNorm };
 
 constexpr int kMaxQuantizeThreads = 1024;  // of a block
 constexpr int kMaxRowBlocks = 4;           // of a cluster, which has a row

@@ -23,13 +23,23 @@ struct QuantizeTraits {
   // Whether y is what memory has, but for signs and divisions: then q has no error of its own.
   static constexpr bool kIsPlain = kSource == RowSource::kPlain;
   static constexpr bool kExact = kIsPlain || kSource == RowSource::kOutliers;
+  static constexpr bool kActivates =
+      kSource == RowSource::kActivation || kSource == RowSource::kLoneActivation;
   static constexpr bool kMultiplies = kSource == RowSource::kActivation || (kIsPlain && kOptions);
   static constexpr bool kIsNorm = kSource == RowSource::kRms || kSource == RowSource::kNorm;
   // Vectors of a row that each thread has at the most, all in registers; 0: a row of any length.
-  static constexpr bool kHoldsWords = kExact && !kOptions;  // as memory has them; else floats
+  // As memory has them; else floats.
+  static constexpr bool kHoldsWords =
+      (kExact && !kOptions) || kSource == RowSource::kLoneActivation;
   static constexpr int kInRegisters = !kHolds_ ? 0 : kHoldsWords ? 8 : 4;
-  // Options take more than the 64 registers that the largest block leaves.
-  static constexpr int kThreads = kHolds_ && kOptions && !kIsPlain ? 512 : kMaxQuantizeThreads;
+  // Rows of 16-bit elements as floats are left 56 registers a thread, so that three blocks with a
+  // row of 11008 columns each find room, where that is enough; what has most options takes more.
+  static constexpr bool kIsTight = kHolds_ && !kHoldsWords && !kIsNorm && sizeof(T) == 2 &&
+                                   !(kOptions && (!kIsPlain || std::is_same_v<T, __half>));
+  static constexpr int kThreads = kIsTight                           ? 576
+                                  : kHolds_ && kOptions && !kIsPlain ? 512
+                                                                     : kMaxQuantizeThreads;
+  static constexpr int kResidentBlocks = kIsTight ? 2 : 1;
   // Whether the code of usual rows is apart: not where there would be much of it for few.
   static constexpr bool kHasUsual = kHoldsWords ? sizeof(T) == 2 : kIsPlain || !kOptions;
   // Vectors that a thread reads at once, where it does not hold them.
