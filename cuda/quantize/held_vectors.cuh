@@ -34,21 +34,21 @@ template <class Traits, int kCount>
 struct HeldVectors {
   static constexpr int kVectors = kCount > 0 ? kCount : Traits::kInRegisters;
   const int count, step, first, last;
+  const int tail;  // where the last of kCount is
 
   __device__ HeldVectors(const QuantizeParams& params, const RowBlocks& blocks)
       : count(params.vectors),
         step(static_cast<int>(blocks.count * blockDim.x) * Traits::kVector),
         first(static_cast<int>(blocks.rank * blockDim.x + threadIdx.x) * Traits::kVector),
-        last(static_cast<int>(params.problem.cols) - Traits::kVector) {}
+        last(static_cast<int>(params.problem.cols) - Traits::kVector),
+        tail(kCount > 0 ? not_first(place(kCount - 1)) : 0) {}
 
   __device__ bool is_any(int i) const { return kCount > 0 || i < count; }  // in any thread
   __device__ bool is_there(int i) const { return i + 1 < kCount || i * step + first <= last; }
   __device__ int at(int i) const {
     if (i + 1 < kCount) return i * step + first;
-    int its = is_there(i) ? i * step + first : i == 0 ? last : first;
-    // Or the first's copy would take the place of a load, and wait for the first.
-    if (kCount > 0) asm("" : "+r"(its));
-    return its;
+    if (kCount == 0) return place(i);
+    return Traits::kOptions ? not_first(place(i)) : tail;  // by what takes fewer registers
   }
 
   // visit(i, at), of each vector that some thread has.
@@ -64,6 +64,16 @@ struct HeldVectors {
   // The q of a row with a NaN or an Inf.
   __device__ void store_zeros(int8_t* q) const {
     for_each([&](int, int at) { store_packed(PackedBytes<Traits::kVector>{}, q, at); });
+  }
+
+ private:
+  // Or a copy of the first would take the place of a load, and wait for the first.
+  __device__ static int not_first(int at) {
+    asm("" : "+r"(at));
+    return at;
+  }
+  __device__ int place(int i) const {
+    return is_there(i) ? i * step + first : i == 0 ? last : first;
   }
 };
 

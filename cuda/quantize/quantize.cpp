@@ -97,6 +97,8 @@ const QuantizeKernel& choose(const QuantizeProblem& p, int most_blocks) {
   return *best;
 }
 
+constexpr int kResidentThreads = 1024;  // of a multiprocessor, with 64 registers each
+
 // The blocks of a row that lies in registers: as many as it takes, and more where they would be
 // large, as one that reads wants another beside it that computes. It depends on the row's length
 // alone, like all that the order of a norm's sums depends on.
@@ -112,7 +114,6 @@ int blocks_of_row(const QuantizeProblem& p, const QuantizeKernel& kernel, int mo
 // soonest by as many threads as there are vectors, as long as all are under way at once.
 int threads_of_block(const QuantizeProblem& p, const QuantizeKernel& kernel, int sm_count,
                      int blocks) {
-  constexpr int kResident = 1024;  // threads of a multiprocessor, with 64 registers each
   const int64_t vectors = ceil_div(p.cols, kernel.vector * blocks);
   const auto threads_with = [&](int64_t of_thread) {
     of_thread = std::max(of_thread, ceil_div(vectors, kernel.max_threads));
@@ -121,7 +122,8 @@ int threads_of_block(const QuantizeProblem& p, const QuantizeKernel& kernel, int
   const bool is_norm = p.norm != Norm::kNone;
   const int64_t most = is_norm ? 4 : std::max(kernel.in_registers, 4);
   int64_t of_thread = is_norm ? most : 1;
-  while (of_thread < most && p.rows * blocks > sm_count * (kResident / threads_with(of_thread))) {
+  while (of_thread < most &&
+         p.rows * blocks > sm_count * (kResidentThreads / threads_with(of_thread))) {
     of_thread *= 2;
   }
   return static_cast<int>(threads_with(of_thread));
@@ -149,9 +151,16 @@ void launch(const QuantizeProblem& p) {
   const int64_t all = kernel.in_registers > 0 ? 0 : ceil_div(p.cols, step) * step;
   const int64_t most = held_bytes(device) / static_cast<int64_t>(sizeof(float)) / step * step;
   const int vectors = static_cast<int>(ceil_div(p.cols, step * blocks));
-  QuantizeParams params{p, vectors, is_usual(p, kernel.source) ? vectors : 0,
+  QuantizeParams params{p,
+                        vectors,
+                        is_usual(p, kernel.source) ? vectors : 0,
                         static_cast<int>(std::min(all, most)),
+                        0,
                         1 / static_cast<float>(std::max<int64_t>(p.cols, 1))};
+  if (kernel.in_registers > 0) {
+    const int64_t ahead = device.sm_count * (kResidentThreads / threads) / blocks;
+    params.rows_ahead = static_cast<int>(ahead < p.rows ? ahead : 0);
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(p.rows * blocks);
   config.blockDim = static_cast<unsigned>(threads);

@@ -32,13 +32,12 @@ struct QuantizeTraits {
   static constexpr bool kHoldsWords =
       (kExact && !kOptions) || kSource == RowSource::kLoneActivation;
   static constexpr int kInRegisters = !kHolds_ ? 0 : kHoldsWords ? 8 : 4;
-  // Rows of 16-bit elements as floats are left 56 registers a thread, so that three blocks with a
-  // row of 11008 columns each find room, where that is enough; what has most options takes more.
-  static constexpr bool kIsTight = kHolds_ && !kHoldsWords && !kIsNorm && sizeof(T) == 2 &&
-                                   !(kOptions && (!kIsPlain || std::is_same_v<T, __half>));
-  static constexpr int kThreads = kIsTight                           ? 576
-                                  : kHolds_ && kOptions && !kIsPlain ? 512
-                                                                     : kMaxQuantizeThreads;
+  // Options take more than the 64 registers that the largest block leaves. Other rows of 16-bit
+  // elements as floats are left 56, so that three blocks with a row of 11008 columns find room.
+  static constexpr bool kIsWide = kHolds_ && kOptions && !kIsPlain;
+  static constexpr bool kIsTight = kHolds_ && !kHoldsWords && !kIsNorm && !kIsWide &&
+                                   sizeof(T) == 2 && !(kOptions && std::is_same_v<T, __half>);
+  static constexpr int kThreads = kIsWide ? 512 : kIsTight ? 576 : kMaxQuantizeThreads;
   static constexpr int kResidentBlocks = kIsTight ? 2 : 1;
   // Whether the code of usual rows is apart: not where there would be much of it for few.
   static constexpr bool kHasUsual = kHoldsWords ? sizeof(T) == 2 : kIsPlain || !kOptions;
