@@ -63,38 +63,32 @@ int64_t longest_row(const QuantizeKernel& kernel) {
   return int64_t{kernel.in_registers} * kernel.vector * kernel.max_threads;
 }
 
-// The kernel for a problem: that which reads most at a time, without options where it has none.
-const QuantizeKernel& choose(const QuantizeProblem& p, int most_blocks) {
-  const bool is_shifted = p.zero_point != nullptr || p.is_static;
-  bool has_options = p.smooth.data != nullptr || p.rotation != 0;
-  RowSource source = p.outlier_mask != nullptr ? RowSource::kOutliers : RowSource::kPlain;
+// Whether a vector along the columns is there, and in x's dtype.
+bool is_usual(const QuantizeProblem& p, const VectorView& v) {
+  return v.data != nullptr && (p.x_dtype == DType::kFloat32 || v.dtype != DType::kFloat32);
+}
+
+// What comes before p's quantisation. A norm is a usual one where it has weight and (layer norm's)
+// bias as they mostly are, and a symmetric scale of its own.
+RowSource source_of(const QuantizeProblem& p, bool has_options) {
+  if (p.outlier_mask != nullptr) return RowSource::kOutliers;
   if (p.norm != Norm::kNone) {
-    has_options = has_options || is_shifted;
-    source = p.norm == Norm::kRms && p.bias.data == nullptr && !has_options ? RowSource::kRms
-                                                                            : RowSource::kNorm;
-  } else if (p.activation != Activation::kNone && p.activation != Activation::kRelu) {
-    has_options = has_options || is_shifted;
-    source =
-        p.up.data == nullptr && !has_options ? RowSource::kLoneActivation : RowSource::kActivation;
-  } else if (p.up.data != nullptr) {
-    has_options = true;
+    if (has_options || !is_usual(p, p.weight)) return RowSource::kNorm;
+    if (p.norm == Norm::kRms && p.bias.data == nullptr) return RowSource::kRms;
+    return p.norm == Norm::kLayer && is_usual(p, p.bias) ? RowSource::kLayer : RowSource::kNorm;
   }
-  const QuantizeKernel* best = nullptr;
-  for (const QuantizeKernel& kernel : kernels()) {
-    const bool serves =
-        kernel.source == source ||
-        (kernel.source == RowSource::kNorm && source == RowSource::kRms) ||
-        (kernel.source == RowSource::kActivation && source == RowSource::kLoneActivation);
-    if (kernel.dtype != p.x_dtype || !serves) continue;
-    if (has_options && !kernel.has_options) continue;
-    if (kernel.vector > 1 && !is_vectorizable(p, kernel.vector)) continue;
-    if (kernel.in_registers > 0 && p.cols > most_blocks * longest_row(kernel)) continue;
-    const auto rank = [](const QuantizeKernel& x) {
-      return std::make_tuple(x.vector, !x.has_options, x.in_registers);
-    };
-    if (best == nullptr || rank(kernel) > rank(*best)) best = &kernel;
+  if (p.activation == Activation::kNone || p.activation == Activation::kRelu) {
+    return RowSource::kPlain;
   }
-  return *best;
+  return p.up.data == nullptr && !has_options ? RowSource::kLoneActivation : RowSource::kActivation;
+}
+
+// Whether a kernel is for a source, or for more than that.
+bool serves(const QuantizeKernel& kernel, RowSource source) {
+  if (kernel.source == RowSource::kNorm && source == RowSource::kRms) return true;
+  if (kernel.source == RowSource::kNorm && source == RowSource::kLayer) return true;
+  if (kernel.source == RowSource::kActivation && source == RowSource::kLoneActivation) return true;
+  return kernel.source == source;
 }
 
 constexpr int kResidentThreads = 1024;  // of a multiprocessor, with 64 registers each
@@ -129,36 +123,66 @@ int threads_of_block(const QuantizeProblem& p, const QuantizeKernel& kernel, int
   return static_cast<int>(threads_with(of_thread));
 }
 
-// Whether a row has what most have: a symmetric scale of its own, and for a norm weight and (layer
-// norm's) bias as they mostly are.
-bool is_usual(const QuantizeProblem& p, RowSource source) {
-  const auto has_usual = [&](const VectorView& v) {
-    return v.data != nullptr && (p.x_dtype == DType::kFloat32 || v.dtype != DType::kFloat32);
-  };
-  if (p.zero_point != nullptr || p.is_static) return false;
-  if (source == RowSource::kRms) return has_usual(p.weight);
-  return source != RowSource::kNorm || (has_usual(p.weight) && has_usual(p.bias));
+// How a row is divided.
+struct RowPlan {
+  int blocks, threads;
+  int vectors;  // of a thread, at the most
+};
+
+RowPlan plan_of(const QuantizeProblem& p, const QuantizeKernel& kernel, int sm_count,
+                int most_blocks) {
+  const int blocks = blocks_of_row(p, kernel, most_blocks);
+  const int threads = threads_of_block(p, kernel, sm_count, blocks);
+  const int64_t step = int64_t{blocks} * threads * kernel.vector;
+  return {blocks, threads, static_cast<int>(ceil_div(p.cols, step))};
+}
+
+// The kernel for a problem: that which reads most at a time, without options where it has none;
+// the first of equals, which is for less.
+const QuantizeKernel& choose(const QuantizeProblem& p, int sm_count, int most_blocks) {
+  const bool is_shifted = p.zero_point != nullptr || p.is_static;
+  const bool is_plain = p.norm == Norm::kNone &&
+                        (p.activation == Activation::kNone || p.activation == Activation::kRelu);
+  const bool has_options =
+      p.smooth.data != nullptr || p.rotation != 0 || (is_plain ? p.up.data != nullptr : is_shifted);
+  const RowSource source = source_of(p, has_options);
+  const QuantizeKernel* best = nullptr;
+  for (const QuantizeKernel& kernel : kernels()) {
+    if (kernel.dtype != p.x_dtype || !serves(kernel, source)) continue;
+    if (has_options && !kernel.has_options) continue;
+    if (kernel.vector > 1 && !is_vectorizable(p, kernel.vector)) continue;
+    if (kernel.in_registers > 0 && p.cols > most_blocks * longest_row(kernel)) continue;
+    if ((kernel.source == RowSource::kRms || kernel.source == RowSource::kLayer) &&
+        plan_of(p, kernel, sm_count, most_blocks).vectors != kernel.in_registers) {
+      continue;
+    }
+    const auto rank = [](const QuantizeKernel& x) {
+      return std::make_tuple(x.vector, !x.has_options, x.in_registers);
+    };
+    if (best == nullptr || rank(kernel) > rank(*best)) best = &kernel;
+  }
+  return *best;
 }
 
 void launch(const QuantizeProblem& p) {
   const DeviceProps& device = device_props(p.device_index);
   const bool is_hopper = launches_dependent[p.device_index];
   const int most_blocks = is_hopper ? kMaxRowBlocks : 1;
-  const QuantizeKernel& kernel = choose(p, most_blocks);
-  const int blocks = blocks_of_row(p, kernel, most_blocks);
-  const int threads = threads_of_block(p, kernel, device.sm_count, blocks);
+  const QuantizeKernel& kernel = choose(p, device.sm_count, most_blocks);
+  const auto [blocks, threads, vectors] = plan_of(p, kernel, device.sm_count, most_blocks);
   const int64_t step = int64_t{threads} * kernel.vector;
   const int64_t all = kernel.in_registers > 0 ? 0 : ceil_div(p.cols, step) * step;
   const int64_t most = held_bytes(device) / static_cast<int64_t>(sizeof(float)) / step * step;
-  const int vectors = static_cast<int>(ceil_div(p.cols, step * blocks));
+  const bool is_usual = p.zero_point == nullptr && !p.is_static;
   QuantizeParams params{p,
                         vectors,
-                        is_usual(p, kernel.source) ? vectors : 0,
+                        is_usual ? vectors : 0,
                         static_cast<int>(std::min(all, most)),
                         0,
                         1 / static_cast<float>(std::max<int64_t>(p.cols, 1))};
   if (kernel.in_registers > 0) {
-    const int64_t ahead = device.sm_count * (kResidentThreads / threads) / blocks;
+    // Past the rows that are under way; with 56 registers there may be more of them.
+    const int64_t ahead = device.sm_count * (kResidentThreads * 9 / 8 / threads) / blocks;
     params.rows_ahead = static_cast<int>(ahead < p.rows ? ahead : 0);
   }
   cudaLaunchConfig_t config{};

@@ -21,6 +21,7 @@ class HeldFloats {
   using Raw = RawVector<Traits>;
   using Vectors = HeldVectors<Traits, kCount>;
   static constexpr int kVector = Traits::kVector, kVectors = Vectors::kVectors;
+  static constexpr bool kIsRms = Traits::kIsRms, kIsLayer = Traits::kIsLayer;
   static constexpr bool kHasOther = Traits::kIsNorm || Traits::kMultiplies;
 
   __device__ HeldFloats(const QuantizeParams& params, const RowBlocks& blocks,
@@ -57,7 +58,7 @@ class HeldFloats {
     // An RMS norm's scale is left to the quantisation.
     float absmax = __uint_as_float(
         maximum_of_row(blocks_, largest, exchange_.maxima[0], exchange_.of_block[0]));
-    if constexpr (Traits::kSource == RowSource::kRms) absmax *= norm_scale_;
+    if constexpr (kIsRms) absmax *= norm_scale_;
     const float scale = symmetric_scale(__float_as_uint(absmax));
     if (writes_scale) p_.scale[blocks_.row * p_.stride_s] = scale;
     if constexpr (Traits::kExact) {
@@ -65,7 +66,7 @@ class HeldFloats {
     } else {
       if (__float_as_uint(absmax) >= 0x7f800000u) return vectors_.store_zeros(q);
       float factor = reciprocal(scale);
-      if constexpr (Traits::kSource == RowSource::kRms) {
+      if constexpr (kIsRms) {
         if (factor * norm_scale_ <= FLT_MAX) {
           factor *= norm_scale_;
         } else {
@@ -103,7 +104,7 @@ class HeldFloats {
         raw[i].store(out, 1, at);
       });
     }
-    if (Traits::kSource == RowSource::kRms && (kIsUsual || is_usual<T>(p_.weight))) {
+    if (kIsRms && (kIsUsual || is_usual<T>(p_.weight))) {
       load(weights_, static_cast<const T*>(p_.weight.data));
     }
     const auto convert = [&](const auto& activate) {
@@ -120,6 +121,8 @@ class HeldFloats {
     };
     if constexpr (Traits::kMultiplies) {
       with_quantized_activation<Traits::kIsPlain>(p_.activation, convert);
+    } else if constexpr (kIsRms) {
+      vectors_.for_each([&](int i, int) { h_[i] = raw[i]; });
     } else {
       convert([](float y) { return y; });
     }
@@ -127,13 +130,12 @@ class HeldFloats {
 
   // From h to y; kRms leaves its scale.
   __device__ void normalize() {
-    constexpr bool kIsRms = Traits::kSource == RowSource::kRms;
     const bool are_usual = kIsUsual || (!kIsRms && vectors_.is_any(0) && is_usual<T>(p_.weight) &&
                                         is_usual<T>(p_.bias));
     Columns columns;  // on their way while others still sum
     if (!kIsRms && are_usual) columns = load_columns_of(0);
     float sum = 0;
-    if (!kIsRms && p_.norm == Norm::kLayer) {
+    if (kIsLayer || (!kIsRms && p_.norm == Norm::kLayer)) {
       sum = sum_of_elements([](float h, float sum) { return sum + h; });
       sum = sum_of_row(blocks_, sum, exchange_.sums[0], exchange_.of_block[2]);
       const float mean = sum * params_.inverse_cols;
@@ -169,6 +171,7 @@ class HeldFloats {
     float sum = 0;
     vectors_.for_each([&](int i, int) {
       float of_vector = 0;
+      if constexpr (kIsRms) h_[i].to_floats(y_[i]);
 #pragma unroll
       for (float& h : y_[i]) of_vector = add(h, of_vector);
       sum += vectors_.is_there(i) ? of_vector : 0;
@@ -190,6 +193,11 @@ class HeldFloats {
 
   // y * weight.
   __device__ void weigh() {
+    // From what was loaded, again: as floats it would take more registers meanwhile.
+    vectors_.for_each([&](int i, int) {
+      h_[i].forget();
+      h_[i].to_floats(y_[i]);
+    });
     if (!kIsUsual && p_.weight.data == nullptr) return;
     const auto multiply = [&](const auto& get) {
       vectors_.for_each([&](int i, int at) {
@@ -300,7 +308,7 @@ class HeldFloats {
   RowExchange& exchange_;
   const Vectors vectors_;
   float norm_scale_ = 1;
-  Raw weights_[Traits::kSource == RowSource::kRms ? kVectors : 1];
+  Raw h_[kIsRms ? kVectors : 1], weights_[kIsRms ? kVectors : 1];
   Floats y_[kVectors];
 };
 
@@ -340,21 +348,23 @@ template <class Traits>
 __device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks) {
   __shared__ RowExchange exchange;
   if constexpr (!Traits::kExact || Traits::kOptions) fetch_ahead<Traits>(params, blocks);
-  if constexpr (Traits::kHasUsual) {
-    constexpr int kMost = Traits::kInRegisters;
+  constexpr int kMost = Traits::kInRegisters;
+  if constexpr (Traits::kIsRms || Traits::kIsLayer) {
+    return quantize_held_row<Traits, kMost, true>(params, blocks, exchange);
+  } else if constexpr (Traits::kHasUsual) {
     const int count = params.usual_vectors;
-    if constexpr (!Traits::kIsNorm) {
-      if (count == 1) return quantize_held_row<Traits, 1, true>(params, blocks, exchange);
-      if (count == 2) return quantize_held_row<Traits, 2, true>(params, blocks, exchange);
-    }
+    if (count == 1) return quantize_held_row<Traits, 1, true>(params, blocks, exchange);
+    if (count == 2) return quantize_held_row<Traits, 2, true>(params, blocks, exchange);
     if constexpr (Traits::kSource != RowSource::kOutliers) {  // would take more registers
+      if (count == 4) return quantize_held_row<Traits, 4, true>(params, blocks, exchange);
       if constexpr (kMost > 4) {
-        if (count == 4) return quantize_held_row<Traits, 4, true>(params, blocks, exchange);
+        if (count == kMost) return quantize_held_row<Traits, kMost, true>(params, blocks, exchange);
       }
-      if (count == kMost) return quantize_held_row<Traits, kMost, true>(params, blocks, exchange);
     }
   }
-  quantize_held_row<Traits, 0, false>(params, blocks, exchange);
+  if constexpr (!Traits::kIsRms && !Traits::kIsLayer) {
+    quantize_held_row<Traits, 0, false>(params, blocks, exchange);
+  }
 }
 
 }  // namespace fastq::cuda

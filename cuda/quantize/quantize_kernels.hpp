@@ -9,8 +9,9 @@
 namespace fastq::cuda {
 
 // What comes before the quantisation proper: nothing or relu; nothing, with outliers apart; another
-// activation; the same and no product with up; an RMS norm without bias; any norm.
-enum class RowSource { kPlain, kOutliers, kActivation, kLoneActivation, kRms, kNorm };
+// activation; the same and no product with up; an RMS norm without bias or a layer norm, of usual
+// rows whose threads have as many vectors as they may; any norm.
+enum class RowSource { kPlain, kOutliers, kActivation, kLoneActivation, kRms, kLayer, kNorm };
 
 constexpr int kMaxQuantizeThreads = 1024;  // of a block
 constexpr int kMaxRowBlocks = 4;           // of a cluster, which has a row

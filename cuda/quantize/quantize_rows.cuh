@@ -275,6 +275,7 @@ bool register_quantize_kernels(DType dtype) {
   add(QuantizeTraits<T, RowSource::kActivation, true, kVector, false>{});
   add(QuantizeTraits<T, RowSource::kActivation, true, 1, false>{});
   add(QuantizeTraits<T, RowSource::kRms, false, kVector, true>{});
+  add(QuantizeTraits<T, RowSource::kLayer, false, kVector, true>{});
   add(QuantizeTraits<T, RowSource::kNorm, false, kVector, true>{});
   add(QuantizeTraits<T, RowSource::kNorm, true, kVector, true>{});
   add(QuantizeTraits<T, RowSource::kNorm, true, kVector, false>{});
