@@ -348,6 +348,11 @@ template <class Traits>
 __device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks) {
   __shared__ RowExchange exchange;
   if constexpr (!Traits::kExact || Traits::kOptions) fetch_ahead<Traits>(params, blocks);
+#if __CUDA_ARCH__ >= 900
+  constexpr bool kHasMost = true;
+#else
+  constexpr bool kHasMost = false;  // would take more registers
+#endif
   constexpr int kMost = Traits::kInRegisters;
   if constexpr (Traits::kIsRms || Traits::kIsLayer) {
     return quantize_held_row<Traits, kMost, true>(params, blocks, exchange);
@@ -357,7 +362,7 @@ __device__ inline void quantize_held_row(const QuantizeParams& params, const Row
     if (count == 2) return quantize_held_row<Traits, 2, true>(params, blocks, exchange);
     if constexpr (Traits::kSource != RowSource::kOutliers) {  // would take more registers
       if (count == 4) return quantize_held_row<Traits, 4, true>(params, blocks, exchange);
-      if constexpr (kMost > 4) {
+      if constexpr (kMost > 4 && kHasMost) {
         if (count == kMost) return quantize_held_row<Traits, kMost, true>(params, blocks, exchange);
       }
     }

@@ -42,7 +42,11 @@ struct QuantizeTraits {
                                    kSource != RowSource::kNorm &&
                                    !(kIsHalf && (kOptions || kIsLayer));
   static constexpr int kThreads = kIsWide ? 512 : kIsTight ? 576 : kMaxQuantizeThreads;
+#if __CUDA_ARCH__ >= 900
   static constexpr int kResidentBlocks = kIsTight ? 2 : 1;
+#else
+  static constexpr int kResidentBlocks = 1;
+#endif
   // Whether the code of usual rows is apart: not where there would be much of it for few.
   static constexpr bool kHasUsual =
       kHoldsWords ? sizeof(T) == 2 : kIsPlain || (!kOptions && kSource != RowSource::kNorm);
