@@ -110,7 +110,7 @@ int threads_of_block(const QuantizeProblem& p, const QuantizeKernel& kernel, int
                      int blocks) {
   const int64_t vectors = ceil_div(p.cols, kernel.vector * blocks);
   const auto threads_with = [&](int64_t of_thread) {
-    of_thread = std::max(of_thread, ceil_div(vectors, kernel.max_threads));
+    while (vectors > of_thread * kernel.max_threads) of_thread *= 2;
     return std::clamp<int64_t>(ceil_div(vectors, 32 * of_thread) * 32, 32, kernel.max_threads);
   };
   const bool is_norm = p.norm != Norm::kNone;

@@ -104,9 +104,7 @@ class HeldFloats {
         raw[i].store(out, 1, at);
       });
     }
-    if (kIsRms && (kIsUsual || is_usual<T>(p_.weight))) {
-      load(weights_, static_cast<const T*>(p_.weight.data));
-    }
+    if constexpr (kIsRms) load(weights_, static_cast<const T*>(p_.weight.data));
     const auto convert = [&](const auto& activate) {
       vectors_.for_each([&](int i, int) {
         raw[i].to_floats(y_[i]);
@@ -146,7 +144,7 @@ class HeldFloats {
     } else {
       sum = sum_of_elements([](float h, float sum) { return fmaf(h, h, sum); });
     }
-    if (kIsRms) weigh();
+    if constexpr (kIsRms) weigh();
     sum = sum_of_row(blocks_, sum, exchange_.sums[1], exchange_.of_block[3]);
     norm_scale_ = rsqrtf(sum * params_.inverse_cols + p_.eps);
     if (kIsRms) return;
@@ -191,28 +189,16 @@ class HeldFloats {
     return its;
   }
 
-  // y * weight.
+  // y = h * weight. From what was loaded, again: as floats h would take more registers meanwhile.
   __device__ void weigh() {
-    // From what was loaded, again: as floats it would take more registers meanwhile.
     vectors_.for_each([&](int i, int) {
       h_[i].forget();
       h_[i].to_floats(y_[i]);
-    });
-    if (!kIsUsual && p_.weight.data == nullptr) return;
-    const auto multiply = [&](const auto& get) {
-      vectors_.for_each([&](int i, int at) {
-        Floats weight;
-        get(i, at, weight);
+      Floats weight;
+      weights_[i].to_floats(weight);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) y_[i][j] *= weight[j];
-      });
-    };
-    if (kIsUsual || is_usual<T>(p_.weight)) {
-      multiply([&](int i, int, Floats& weight) { weights_[i].to_floats(weight); });
-    } else {
-      multiply(
-          [&](int, int at, Floats& weight) { load_columns<Traits>(p_.weight, at, true, weight); });
-    }
+      for (int j = 0; j < kVector; ++j) y_[i][j] *= weight[j];
+    });
   }
 
   // y * weight * scale + bias, of any kind.
