@@ -27,37 +27,53 @@ __device__ inline void store_packed(const PackedBytes<kVector>& packed, int8_t* 
   *reinterpret_cast<PackedBytes<kVector>*>(q + static_cast<uint32_t>(at)) = packed;
 }
 
-// Where a thread's vectors of a row lie. kIsFull: all threads have as many as fit, so that nothing
-// is asked (and a norm's weight and bias are the usual ones). Else where one has fewer than others
-// its first is done once more, and in a thread without any the row's last: that changes no extreme,
-// and is written as it is; but sums leave it out.
-template <class Traits, bool kIsFull>
+// Where a thread's vectors of a row lie. kCount: how many there are in a thread that has most; 0:
+// known when it runs. Others have one fewer: they do their first once more, and a thread without
+// any does the row's last: that changes no extreme, and is written as it is; but sums leave it out.
+template <class Traits, int kCount>
 struct HeldVectors {
-  static constexpr int kVectors = Traits::kInRegisters;
+  static constexpr int kVectors = kCount > 0 ? kCount : Traits::kInRegisters;
   const int count, step, first, last;
+  const int tail;  // where the last of kCount is
 
   __device__ HeldVectors(const QuantizeParams& params, const RowBlocks& blocks)
       : count(params.vectors),
         step(static_cast<int>(blocks.count * blockDim.x) * Traits::kVector),
         first(static_cast<int>(blocks.rank * blockDim.x + threadIdx.x) * Traits::kVector),
-        last(static_cast<int>(params.problem.cols) - Traits::kVector) {}
+        last(static_cast<int>(params.problem.cols) - Traits::kVector),
+        tail(kCount > 0 ? not_first(place(kCount - 1)) : 0) {}
 
-  __device__ bool is_any(int i) const { return kIsFull || i < count; }  // in any thread
-  __device__ bool is_there(int i) const { return kIsFull || i * step + first <= last; }
-  __device__ int at(int i) const { return is_there(i) ? i * step + first : i == 0 ? last : first; }
+  __device__ bool is_any(int i) const { return kCount > 0 || i < count; }  // in any thread
+  __device__ bool is_there(int i) const { return i + 1 < kCount || i * step + first <= last; }
+  __device__ int at(int i) const {
+    if (i + 1 < kCount) return i * step + first;
+    if (kCount == 0) return place(i);
+    return Traits::kOptions ? not_first(place(i)) : tail;  // by what takes fewer registers
+  }
 
   // visit(i, at), of each vector that some thread has.
   template <class Visit>
   __device__ void for_each(const Visit& visit) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (is_any(i)) visit(i, at(i));
+      if (!is_any(i)) return;
+      visit(i, at(i));
     }
   }
 
   // The q of a row with a NaN or an Inf.
   __device__ void store_zeros(int8_t* q) const {
     for_each([&](int, int at) { store_packed(PackedBytes<Traits::kVector>{}, q, at); });
+  }
+
+ private:
+  // Or a copy of the first would take the place of a load, and wait for the first.
+  __device__ static int not_first(int at) {
+    asm("" : "+r"(at));
+    return at;
+  }
+  __device__ int place(int i) const {
+    return is_there(i) ? i * step + first : i == 0 ? last : first;
   }
 };
 

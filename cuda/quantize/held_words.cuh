@@ -95,8 +95,9 @@ class OutlierFilter {
   uint32_t threshold_;
 };
 
-// A row as memory has it, but for outliers and relu.
-template <class Traits, bool kIsFull>
+// A row as memory has it, but for outliers and relu; activated as it is stored. kIsUsual:
+// symmetric, with a scale of its own.
+template <class Traits, int kCount, bool kIsUsual>
 class HeldWords {
  public:
   using T = typename Traits::T;
@@ -115,7 +116,11 @@ class HeldWords {
       });
     }
     if constexpr (Traits::kSource == RowSource::kOutliers) take_outliers();
-    if constexpr (Traits::kSource == RowSource::kPlain && !kIsFull) {
+    if constexpr (Traits::kSource == RowSource::kLoneActivation) {
+      return with_curved_activation(p_.activation,
+                                    [&](const auto& activate) { store_activated(activate, x); });
+    }
+    if constexpr (Traits::kSource == RowSource::kPlain && !kIsUsual) {
       if (p_.is_static) return store_static();
       if (p_.zero_point != nullptr) return store_asymmetric();
     }
@@ -157,6 +162,40 @@ class HeldWords {
       }
     }
     store_exactly<RowRounding::kSymmetric>(row_with_scale(scale));
+  }
+
+  // Each element is activated once, on its way out, as the largest result is known before: it is
+  // that of the largest element, unless none is large, since results below 0 are no less than
+  // -0.28.
+  template <class Activate>
+  __device__ void store_activated(const Activate& activate, const T* x) const {
+    constexpr float kLeast = 0.28f;
+    const uint32_t most =
+        maximum_of_row(blocks_, extremes().above(), exchange_.maxima[0], exchange_.of_block[0]);
+    float absmax = fabsf(activate(__uint_as_float(most)));
+    if (absmax < kLeast) {
+      float largest = 0;
+#pragma unroll 1
+      for (int i = 0; i < vectors_.count; ++i) {
+        RawVector<Traits> raw;
+        typename Traits::Floats y;
+        raw.load(x, 1, vectors_.at(i), true);
+        raw.to_floats(y);
+#pragma unroll
+        for (const float its : y) largest = fmaxf(largest, fabsf(activate(its)));
+      }
+      absmax = __uint_as_float(
+          maximum_of_row(blocks_, largest, exchange_.maxima[1], exchange_.of_block[1]));
+    }
+    const float scale = symmetric_scale(__float_as_uint(absmax));
+    if (writes_scale()) p_.scale[blocks_.row * p_.stride_s] = scale;
+    if (__float_as_uint(absmax) >= 0x7f800000u) return vectors_.store_zeros(q());
+    const float factor = reciprocal(scale);
+    store([&](auto& y) {
+#pragma unroll
+      for (float& its : y) its = activate(its);
+      return rounded_products(y, factor);
+    });
   }
 
   __device__ void store_asymmetric() const {
@@ -236,8 +275,8 @@ class HeldWords {
   const QuantizeProblem& p_;
   const RowBlocks& blocks_;
   RowExchange& exchange_;
-  const HeldVectors<Traits, kIsFull> vectors_;
-  RawVector<Traits> held_[Traits::kInRegisters];
+  const HeldVectors<Traits, kCount> vectors_;
+  RawVector<Traits> held_[HeldVectors<Traits, kCount>::kVectors];
 };
 
 }  // namespace fastq::cuda

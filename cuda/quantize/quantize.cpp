@@ -63,29 +63,99 @@ int64_t longest_row(const QuantizeKernel& kernel) {
   return int64_t{kernel.in_registers} * kernel.vector * kernel.max_threads;
 }
 
-// The kernel for a problem: that which reads most at a time, without options where it has none.
-const QuantizeKernel& choose(const QuantizeProblem& p, int most_blocks) {
-  const bool is_shifted = p.zero_point != nullptr || p.is_static;
-  bool has_options = p.smooth.data != nullptr || p.rotation != 0;
-  RowSource source = p.outlier_mask != nullptr ? RowSource::kOutliers : RowSource::kPlain;
+// Whether a vector along the columns is there, and in x's dtype.
+bool is_usual(const QuantizeProblem& p, const VectorView& v) {
+  return v.data != nullptr && (p.x_dtype == DType::kFloat32 || v.dtype != DType::kFloat32);
+}
+
+// What comes before p's quantisation. A norm is a usual one where it has weight and (layer norm's)
+// bias as they mostly are, and a symmetric scale of its own.
+RowSource source_of(const QuantizeProblem& p, bool has_options) {
+  if (p.outlier_mask != nullptr) return RowSource::kOutliers;
   if (p.norm != Norm::kNone) {
-    has_options = has_options || is_shifted;
-    source = p.norm == Norm::kRms && p.bias.data == nullptr && !has_options ? RowSource::kRms
-                                                                            : RowSource::kNorm;
-  } else if (p.activation != Activation::kNone && p.activation != Activation::kRelu) {
-    source = RowSource::kActivation;
-    has_options = has_options || is_shifted;
-  } else if (p.up.data != nullptr) {
-    has_options = true;
+    if (has_options || !is_usual(p, p.weight)) return RowSource::kNorm;
+    if (p.norm == Norm::kRms && p.bias.data == nullptr) return RowSource::kRms;
+    return p.norm == Norm::kLayer && is_usual(p, p.bias) ? RowSource::kLayer : RowSource::kNorm;
   }
+  if (p.activation == Activation::kNone || p.activation == Activation::kRelu) {
+    return RowSource::kPlain;
+  }
+  return p.up.data == nullptr && !has_options ? RowSource::kLoneActivation : RowSource::kActivation;
+}
+
+// Whether a kernel is for a source, or for more than that.
+bool serves(const QuantizeKernel& kernel, RowSource source) {
+  if (kernel.source == RowSource::kNorm && source == RowSource::kRms) return true;
+  if (kernel.source == RowSource::kNorm && source == RowSource::kLayer) return true;
+  if (kernel.source == RowSource::kActivation && source == RowSource::kLoneActivation) return true;
+  return kernel.source == source;
+}
+
+constexpr int kResidentThreads = 1024;  // of a multiprocessor, with 64 registers each
+
+// The blocks of a row that lies in registers: as many as it takes, and more where they would be
+// large, as one that reads wants another beside it that computes. It depends on the row's length
+// alone, like all that the order of a norm's sums depends on.
+int blocks_of_row(const QuantizeProblem& p, const QuantizeKernel& kernel, int most_blocks) {
+  constexpr int kLarge = 512;  // threads
+  const int64_t of_thread = kernel.in_registers * kernel.vector;
+  int blocks = 1;
+  while (of_thread > 0 && blocks < most_blocks && p.cols > blocks * kLarge * of_thread) blocks *= 2;
+  return blocks;
+}
+
+// Where rows are many, few threads with several vectors each keep memory busy; few rows are done
+// soonest by as many threads as there are vectors, as long as all are under way at once.
+int threads_of_block(const QuantizeProblem& p, const QuantizeKernel& kernel, int sm_count,
+                     int blocks) {
+  const int64_t vectors = ceil_div(p.cols, kernel.vector * blocks);
+  const auto threads_with = [&](int64_t of_thread) {
+    while (vectors > of_thread * kernel.max_threads) of_thread *= 2;
+    return std::clamp<int64_t>(ceil_div(vectors, 32 * of_thread) * 32, 32, kernel.max_threads);
+  };
+  const bool is_norm = p.norm != Norm::kNone;
+  const int64_t most = is_norm ? 4 : std::max(kernel.in_registers, 4);
+  int64_t of_thread = is_norm ? most : 1;
+  while (of_thread < most &&
+         p.rows * blocks > sm_count * (kResidentThreads / threads_with(of_thread))) {
+    of_thread *= 2;
+  }
+  return static_cast<int>(threads_with(of_thread));
+}
+
+// How a row is divided.
+struct RowPlan {
+  int blocks, threads;
+  int vectors;  // of a thread, at the most
+};
+
+RowPlan plan_of(const QuantizeProblem& p, const QuantizeKernel& kernel, int sm_count,
+                int most_blocks) {
+  const int blocks = blocks_of_row(p, kernel, most_blocks);
+  const int threads = threads_of_block(p, kernel, sm_count, blocks);
+  const int64_t step = int64_t{blocks} * threads * kernel.vector;
+  return {blocks, threads, static_cast<int>(ceil_div(p.cols, step))};
+}
+
+// The kernel for a problem: that which reads most at a time, without options where it has none;
+// the first of equals, which is for less.
+const QuantizeKernel& choose(const QuantizeProblem& p, int sm_count, int most_blocks) {
+  const bool is_shifted = p.zero_point != nullptr || p.is_static;
+  const bool is_plain = p.norm == Norm::kNone &&
+                        (p.activation == Activation::kNone || p.activation == Activation::kRelu);
+  const bool has_options =
+      p.smooth.data != nullptr || p.rotation != 0 || (is_plain ? p.up.data != nullptr : is_shifted);
+  const RowSource source = source_of(p, has_options);
   const QuantizeKernel* best = nullptr;
   for (const QuantizeKernel& kernel : kernels()) {
-    const bool serves =
-        kernel.source == source || (kernel.source == RowSource::kNorm && source == RowSource::kRms);
-    if (kernel.dtype != p.x_dtype || !serves) continue;
+    if (kernel.dtype != p.x_dtype || !serves(kernel, source)) continue;
     if (has_options && !kernel.has_options) continue;
     if (kernel.vector > 1 && !is_vectorizable(p, kernel.vector)) continue;
     if (kernel.in_registers > 0 && p.cols > most_blocks * longest_row(kernel)) continue;
+    if ((kernel.source == RowSource::kRms || kernel.source == RowSource::kLayer) &&
+        plan_of(p, kernel, sm_count, most_blocks).vectors != kernel.in_registers) {
+      continue;
+    }
     const auto rank = [](const QuantizeKernel& x) {
       return std::make_tuple(x.vector, !x.has_options, x.in_registers);
     };
@@ -94,34 +164,27 @@ const QuantizeKernel& choose(const QuantizeProblem& p, int most_blocks) {
   return *best;
 }
 
-// Where rows are many, few threads with several vectors each keep memory busy; few rows are done
-// soonest by as many threads as there are vectors. The order of a norm's sums depends on the
-// threads, and must not on the rows.
-int threads_of_block(const QuantizeProblem& p, const QuantizeKernel& kernel, int sm_count,
-                     int blocks) {
-  const int64_t vectors = ceil_div(p.cols, kernel.vector * blocks);
-  const int64_t of_thread = p.norm != Norm::kNone     ? 4
-                            : p.rows >= 16 * sm_count ? std::max(kernel.in_registers, 4)
-                            : p.rows >= 4 * sm_count  ? 4
-                            : p.rows > sm_count       ? 2
-                                                      : 1;
-  return static_cast<int>(
-      std::clamp<int64_t>(ceil_div(vectors, 32 * of_thread) * 32, 32, kernel.max_threads));
-}
-
 void launch(const QuantizeProblem& p) {
   const DeviceProps& device = device_props(p.device_index);
   const bool is_hopper = launches_dependent[p.device_index];
-  const QuantizeKernel& kernel = choose(p, is_hopper ? kMaxRowBlocks : 1);
-  int blocks = 1;
-  while (kernel.in_registers > 0 && p.cols > blocks * longest_row(kernel)) blocks *= 2;
-  const int threads = threads_of_block(p, kernel, device.sm_count, blocks);
+  const int most_blocks = is_hopper ? kMaxRowBlocks : 1;
+  const QuantizeKernel& kernel = choose(p, device.sm_count, most_blocks);
+  const auto [blocks, threads, vectors] = plan_of(p, kernel, device.sm_count, most_blocks);
   const int64_t step = int64_t{threads} * kernel.vector;
   const int64_t all = kernel.in_registers > 0 ? 0 : ceil_div(p.cols, step) * step;
   const int64_t most = held_bytes(device) / static_cast<int64_t>(sizeof(float)) / step * step;
-  QuantizeParams params{p, static_cast<int>(ceil_div(p.cols, step * blocks)),
+  const bool is_usual = p.zero_point == nullptr && !p.is_static;
+  QuantizeParams params{p,
+                        vectors,
+                        is_usual ? vectors : 0,
                         static_cast<int>(std::min(all, most)),
+                        0,
                         1 / static_cast<float>(std::max<int64_t>(p.cols, 1))};
+  if (kernel.in_registers > 0) {
+    // Past the rows that are under way; with 56 registers there may be more of them.
+    const int64_t ahead = device.sm_count * (kResidentThreads * 9 / 8 / threads) / blocks;
+    params.rows_ahead = static_cast<int>(ahead < p.rows ? ahead : 0);
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(p.rows * blocks);
   config.blockDim = static_cast<unsigned>(threads);

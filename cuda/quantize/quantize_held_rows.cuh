@@ -11,14 +11,17 @@
 
 namespace fastq::cuda {
 
-// A row as float32: a norm, an activation, or what options make of a plain one.
-template <class Traits, bool kIsFull>
+// A row as float32: a norm, an activation, or what options make of a plain one. kIsUsual:
+// symmetric, with a scale of its own, and a norm's weight and bias are as they mostly are.
+template <class Traits, int kCount, bool kIsUsual>
 class HeldFloats {
  public:
   using T = typename Traits::T;
   using Floats = typename Traits::Floats;
   using Raw = RawVector<Traits>;
-  static constexpr int kVector = Traits::kVector, kVectors = Traits::kInRegisters;
+  using Vectors = HeldVectors<Traits, kCount>;
+  static constexpr int kVector = Traits::kVector, kVectors = Vectors::kVectors;
+  static constexpr bool kIsRms = Traits::kIsRms, kIsLayer = Traits::kIsLayer;
   static constexpr bool kHasOther = Traits::kIsNorm || Traits::kMultiplies;
 
   __device__ HeldFloats(const QuantizeParams& params, const RowBlocks& blocks,
@@ -35,10 +38,10 @@ class HeldFloats {
     const bool writes_scale = threadIdx.x == 0 && blocks_.rank == 0;
     if constexpr (Traits::kIsNorm) normalize();
     if constexpr (Traits::kOptions) finish();
-    if (Traits::kOptions && p_.is_static) {
+    if (Traits::kOptions && !kIsUsual && p_.is_static) {
       return store<RowRounding::kStatic>(q, static_scale(*p_.scale, p_.zero_point));
     }
-    if (Traits::kOptions && p_.zero_point != nullptr) {
+    if (Traits::kOptions && !kIsUsual && p_.zero_point != nullptr) {
       const auto [above, below] = extremes();
       const RowScale scale = row_scale(above, below);
       if (writes_scale) {
@@ -55,7 +58,7 @@ class HeldFloats {
     // An RMS norm's scale is left to the quantisation.
     float absmax = __uint_as_float(
         maximum_of_row(blocks_, largest, exchange_.maxima[0], exchange_.of_block[0]));
-    if constexpr (Traits::kSource == RowSource::kRms) absmax *= norm_scale_;
+    if constexpr (kIsRms) absmax *= norm_scale_;
     const float scale = symmetric_scale(__float_as_uint(absmax));
     if (writes_scale) p_.scale[blocks_.row * p_.stride_s] = scale;
     if constexpr (Traits::kExact) {
@@ -63,15 +66,17 @@ class HeldFloats {
     } else {
       if (__float_as_uint(absmax) >= 0x7f800000u) return vectors_.store_zeros(q);
       float factor = reciprocal(scale);
-      if constexpr (Traits::kSource == RowSource::kRms) {
+      if constexpr (kIsRms) {
         if (factor * norm_scale_ <= FLT_MAX) {
           factor *= norm_scale_;
         } else {
           multiply(norm_scale_);
         }
       }
-      vectors_.for_each(
-          [&](int i, int at) { store_packed<kVector>(rounded_products(y_[i], factor), q, at); });
+      vectors_.for_each([&](int i, int at) {
+        if (is_copy_of_none(i)) return;
+        store_packed<kVector>(rounded_products(y_[i], factor), q, at);
+      });
     }
   }
 
@@ -99,9 +104,7 @@ class HeldFloats {
         raw[i].store(out, 1, at);
       });
     }
-    if (Traits::kSource == RowSource::kRms && (kIsFull || is_usual<T>(p_.weight))) {
-      load(weights_, static_cast<const T*>(p_.weight.data));
-    }
+    if constexpr (kIsRms) load(weights_, static_cast<const T*>(p_.weight.data));
     const auto convert = [&](const auto& activate) {
       vectors_.for_each([&](int i, int) {
         raw[i].to_floats(y_[i]);
@@ -116,6 +119,8 @@ class HeldFloats {
     };
     if constexpr (Traits::kMultiplies) {
       with_quantized_activation<Traits::kIsPlain>(p_.activation, convert);
+    } else if constexpr (kIsRms) {
+      vectors_.for_each([&](int i, int) { h_[i] = raw[i]; });
     } else {
       convert([](float y) { return y; });
     }
@@ -123,13 +128,12 @@ class HeldFloats {
 
   // From h to y; kRms leaves its scale.
   __device__ void normalize() {
-    constexpr bool kIsRms = Traits::kSource == RowSource::kRms;
-    const bool are_usual = kIsFull || (!kIsRms && vectors_.is_any(0) && is_usual<T>(p_.weight) &&
-                                       is_usual<T>(p_.bias));
+    const bool are_usual = kIsUsual || (!kIsRms && vectors_.is_any(0) && is_usual<T>(p_.weight) &&
+                                        is_usual<T>(p_.bias));
     Columns columns;  // on their way while others still sum
     if (!kIsRms && are_usual) columns = load_columns_of(0);
     float sum = 0;
-    if (!kIsRms && p_.norm == Norm::kLayer) {
+    if (kIsLayer || (!kIsRms && p_.norm == Norm::kLayer)) {
       sum = sum_of_elements([](float h, float sum) { return sum + h; });
       sum = sum_of_row(blocks_, sum, exchange_.sums[0], exchange_.of_block[2]);
       const float mean = sum * params_.inverse_cols;
@@ -140,15 +144,15 @@ class HeldFloats {
     } else {
       sum = sum_of_elements([](float h, float sum) { return fmaf(h, h, sum); });
     }
-    if (kIsRms) weigh();
+    if constexpr (kIsRms) weigh();
     sum = sum_of_row(blocks_, sum, exchange_.sums[1], exchange_.of_block[3]);
     norm_scale_ = rsqrtf(sum * params_.inverse_cols + p_.eps);
     if (kIsRms) return;
     if (are_usual) {
       vectors_.for_each([&](int i, int) {
         Floats weight, bias;
+        if (i > 0) columns = load_columns_of(i);
         columns.weight.to_floats(weight), columns.bias.to_floats(bias);
-        if (i + 1 < kVectors && vectors_.is_any(i + 1)) columns = load_columns_of(i + 1);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
           y_[i][j] = fmaf(y_[i][j], weight[j] * norm_scale_, bias[j]);
@@ -165,6 +169,7 @@ class HeldFloats {
     float sum = 0;
     vectors_.for_each([&](int i, int) {
       float of_vector = 0;
+      if constexpr (kIsRms) h_[i].to_floats(y_[i]);
 #pragma unroll
       for (float& h : y_[i]) of_vector = add(h, of_vector);
       sum += vectors_.is_there(i) ? of_vector : 0;
@@ -184,23 +189,16 @@ class HeldFloats {
     return its;
   }
 
-  // y * weight.
+  // y = h * weight. From what was loaded, again: as floats h would take more registers meanwhile.
   __device__ void weigh() {
-    if (!kIsFull && p_.weight.data == nullptr) return;
-    const auto multiply = [&](const auto& get) {
-      vectors_.for_each([&](int i, int at) {
-        Floats weight;
-        get(i, at, weight);
+    vectors_.for_each([&](int i, int) {
+      h_[i].forget();
+      h_[i].to_floats(y_[i]);
+      Floats weight;
+      weights_[i].to_floats(weight);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) y_[i][j] *= weight[j];
-      });
-    };
-    if (kIsFull || is_usual<T>(p_.weight)) {
-      multiply([&](int i, int, Floats& weight) { weights_[i].to_floats(weight); });
-    } else {
-      multiply(
-          [&](int, int at, Floats& weight) { load_columns<Traits>(p_.weight, at, true, weight); });
-    }
+      for (int j = 0; j < kVector; ++j) y_[i][j] *= weight[j];
+    });
   }
 
   // y * weight * scale + bias, of any kind.
@@ -266,6 +264,11 @@ class HeldFloats {
     for (float& y : y_[i]) y = 0;
   }
 
+  // Of a rotation: copies of the row's last vector make no group.
+  __device__ bool is_copy_of_none(int i) const {
+    return Traits::kOptions && i == 0 && !vectors_.is_there(0);
+  }
+
   // Seldom. (The compiler would rather select each product than branch.)
   __device__ void multiply(float factor) {
     asm volatile("");
@@ -280,7 +283,7 @@ class HeldFloats {
     if (scale.kept == 0) return vectors_.store_zeros(q);
     if (scale.lift != 1) multiply(scale.lift);
     vectors_.for_each([&](int i, int at) {
-      if (i == 0 && !vectors_.is_there(0)) return;  // a rotation of copies is none
+      if (is_copy_of_none(i)) return;
       store_packed<kVector>(quantized_bytes<kRounding, Traits::kExact>(y_[i], scale), q, at);
     });
   }
@@ -289,42 +292,69 @@ class HeldFloats {
   const QuantizeProblem& p_;
   const RowBlocks& blocks_;
   RowExchange& exchange_;
-  const HeldVectors<Traits, kIsFull> vectors_;
+  const Vectors vectors_;
   float norm_scale_ = 1;
-  Raw weights_[Traits::kSource == RowSource::kRms ? kVectors : 1];
+  Raw h_[kIsRms ? kVectors : 1], weights_[kIsRms ? kVectors : 1];
   Floats y_[kVectors];
 };
 
-template <class Traits, bool kIsFull>
+template <class Traits, int kCount, bool kIsUsual>
 __device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks,
                                          RowExchange& exchange) {
   if constexpr (Traits::kHoldsWords) {
-    HeldWords<Traits, kIsFull>(params, blocks, exchange).quantize();
+    HeldWords<Traits, kCount, kIsUsual>(params, blocks, exchange).quantize();
   } else {
-    HeldFloats<Traits, kIsFull>(params, blocks, exchange).quantize();
+    HeldFloats<Traits, kCount, kIsUsual>(params, blocks, exchange).quantize();
   }
 }
 
+// What computes long waits for memory less when the row that comes next is already in L2.
 template <class Traits>
-__device__ inline bool is_full(const QuantizeParams& params, const RowBlocks& blocks) {
+__device__ inline void fetch_ahead(const QuantizeParams& params, const RowBlocks& blocks) {
+#if __CUDA_ARCH__ >= 900
   using T = typename Traits::T;
   const QuantizeProblem& p = params.problem;
-  constexpr int kElements = Traits::kInRegisters * Traits::kVector;
-  if (Traits::kOptions || Traits::kSource == RowSource::kOutliers) return false;
-  if (Traits::kHoldsWords && std::is_same_v<T, float>) return false;
-  if (p.zero_point != nullptr || p.is_static) return false;  // would take more registers
-  if (Traits::kIsNorm && !is_usual<T>(p.weight)) return false;
-  if (Traits::kSource == RowSource::kNorm && !is_usual<T>(p.bias)) return false;
-  return p.cols == int64_t{blocks.count * blockDim.x} * kElements;
+  const int64_t row = blocks.row + params.rows_ahead;
+  if (params.rows_ahead == 0 || row >= p.rows || blocks.rank != 0 || threadIdx.x != 0) return;
+  const auto fetch = [&](const void* data, int64_t stride) {
+    if (data == nullptr) return;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(
+                     __cvta_generic_to_global(static_cast<const T*>(data) + row * stride)),
+                 "r"(static_cast<uint32_t>(p.cols * sizeof(T)))
+                 : "memory");
+  };
+  fetch(p.x, p.stride_xr);
+  if (Traits::kIsNorm) fetch(p.residual.data, p.residual.stride_m);
+  if (Traits::kMultiplies) fetch(p.up.data, p.up.stride_m);
+#endif
 }
 
+// The code of usual rows is written out by the number of a thread's vectors.
 template <class Traits>
 __device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks) {
   __shared__ RowExchange exchange;
-  if (is_full<Traits>(params, blocks)) {
-    quantize_held_row<Traits, true>(params, blocks, exchange);
-  } else {
-    quantize_held_row<Traits, false>(params, blocks, exchange);
+  if constexpr (!Traits::kExact || Traits::kOptions) fetch_ahead<Traits>(params, blocks);
+#if __CUDA_ARCH__ >= 900
+  constexpr bool kHasMost = true;
+#else
+  constexpr bool kHasMost = false;  // would take more registers
+#endif
+  constexpr int kMost = Traits::kInRegisters;
+  if constexpr (Traits::kIsRms || Traits::kIsLayer) {
+    return quantize_held_row<Traits, kMost, true>(params, blocks, exchange);
+  } else if constexpr (Traits::kHasUsual) {
+    const int count = params.usual_vectors;
+    if (count == 1) return quantize_held_row<Traits, 1, true>(params, blocks, exchange);
+    if (count == 2) return quantize_held_row<Traits, 2, true>(params, blocks, exchange);
+    if constexpr (Traits::kSource != RowSource::kOutliers) {  // would take more registers
+      if (count == 4) return quantize_held_row<Traits, 4, true>(params, blocks, exchange);
+      if constexpr (kMost > 4 && kHasMost) {
+        if (count == kMost) return quantize_held_row<Traits, kMost, true>(params, blocks, exchange);
+      }
+    }
+  }
+  if constexpr (!Traits::kIsRms && !Traits::kIsLayer) {
+    quantize_held_row<Traits, 0, false>(params, blocks, exchange);
   }
 }
 

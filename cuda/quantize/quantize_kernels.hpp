@@ -9,16 +9,19 @@
 namespace fastq::cuda {
 
 // What comes before the quantisation proper: nothing or relu; nothing, with outliers apart; another
-// activation; an RMS norm without bias; any norm.
-enum class RowSource { kPlain, kOutliers, kActivation, kRms, kNorm };
+// activation; the same and no product with up; an RMS norm without bias or a layer norm, of usual
+// rows whose threads have as many vectors as they may; any norm.
+enum class RowSource { kPlain, kOutliers, kActivation, kLoneActivation, kRms, kLayer, kNorm };
 
 constexpr int kMaxQuantizeThreads = 1024;  // of a block
 constexpr int kMaxRowBlocks = 4;           // of a cluster, which has a row
 
 struct QuantizeParams {
   QuantizeProblem problem;
-  int vectors;  // of a row, that a thread has at the most, where it has them in registers
-  int held;     // columns in shared memory, a multiple of what a block reads at once
+  int vectors;        // of a row, that a thread has at the most, where it has them in registers
+  int usual_vectors;  // the same of usual rows, and 0 of others
+  int held;           // columns in shared memory, a multiple of what a block reads at once
+  int rows_ahead;     // where the row is that comes when one is done; 0: not asked for
   float inverse_cols;
 };
 

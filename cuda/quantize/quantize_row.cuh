@@ -23,13 +23,33 @@ struct QuantizeTraits {
   // Whether y is what memory has, but for signs and divisions: then q has no error of its own.
   static constexpr bool kIsPlain = kSource == RowSource::kPlain;
   static constexpr bool kExact = kIsPlain || kSource == RowSource::kOutliers;
+  static constexpr bool kActivates =
+      kSource == RowSource::kActivation || kSource == RowSource::kLoneActivation;
   static constexpr bool kMultiplies = kSource == RowSource::kActivation || (kIsPlain && kOptions);
-  static constexpr bool kIsNorm = kSource == RowSource::kRms || kSource == RowSource::kNorm;
+  static constexpr bool kIsRms = kSource == RowSource::kRms;
+  static constexpr bool kIsLayer = kSource == RowSource::kLayer;
+  static constexpr bool kIsNorm = kIsRms || kIsLayer || kSource == RowSource::kNorm;
   // Vectors of a row that each thread has at the most, all in registers; 0: a row of any length.
-  static constexpr bool kHoldsWords = kExact && !kOptions;  // as memory has them; else floats
+  // As memory has them; else floats.
+  static constexpr bool kHoldsWords =
+      (kExact && !kOptions) || kSource == RowSource::kLoneActivation;
   static constexpr int kInRegisters = !kHolds_ ? 0 : kHoldsWords ? 8 : 4;
-  // Options take more than the 64 registers that the largest block leaves.
-  static constexpr int kThreads = kHolds_ && kOptions && !kIsPlain ? 512 : kMaxQuantizeThreads;
+  // Options take more than the 64 registers that the largest block leaves. Other rows of 16-bit
+  // elements as floats are left 56, so that three blocks with a row of 11008 columns find room.
+  static constexpr bool kIsHalf = std::is_same_v<T, __half>;
+  static constexpr bool kIsWide = kHolds_ && kOptions && !kIsPlain;
+  static constexpr bool kIsTight = kHolds_ && !kHoldsWords && !kIsWide && sizeof(T) == 2 &&
+                                   kSource != RowSource::kNorm &&
+                                   !(kIsHalf && (kOptions || kIsLayer));
+  static constexpr int kThreads = kIsWide ? 512 : kIsTight ? 576 : kMaxQuantizeThreads;
+#if __CUDA_ARCH__ >= 900
+  static constexpr int kResidentBlocks = kIsTight ? 2 : 1;
+#else
+  static constexpr int kResidentBlocks = 1;
+#endif
+  // Whether the code of usual rows is apart: not where there would be much of it for few.
+  static constexpr bool kHasUsual =
+      kHoldsWords ? sizeof(T) == 2 : kIsPlain || (!kOptions && kSource != RowSource::kNorm);
   // Vectors that a thread reads at once, where it does not hold them.
   static constexpr int kAtATime = kVector == 1 ? 1 : 2;
   // Single elements may be in a row of any length.
@@ -112,6 +132,12 @@ struct RawVector {
     }
   }
   __device__ void clear() { words = {}; }
+  // What the compiler has made of it.
+  __device__ void forget() {
+    if constexpr (Traits::kVector > 1) {
+      asm("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+    }
+  }
   // In one rounding to T, as the sum's rounding to float32 is never half-way between two of T.
   __device__ void add(const RawVector& other) {
     if constexpr (Traits::kVector == 1 || std::is_same_v<T, float>) {

@@ -240,7 +240,7 @@ __device__ inline void quantize_row(const QuantizeParams& params, float* held) {
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kResidentBlocks)
     quantize_rows(const __grid_constant__ QuantizeParams params) {
   extern __shared__ __align__(16) float held[];
   wait_for_predecessor();
@@ -270,10 +270,12 @@ bool register_quantize_kernels(DType dtype) {
   add(QuantizeTraits<T, RowSource::kOutliers, true, kVector, false>{});
   add(QuantizeTraits<T, RowSource::kOutliers, true, 1, false>{});
   add(QuantizeTraits<T, RowSource::kActivation, false, kVector, true>{});
+  add(QuantizeTraits<T, RowSource::kLoneActivation, false, kVector, true>{});
   add(QuantizeTraits<T, RowSource::kActivation, true, kVector, true>{});
   add(QuantizeTraits<T, RowSource::kActivation, true, kVector, false>{});
   add(QuantizeTraits<T, RowSource::kActivation, true, 1, false>{});
   add(QuantizeTraits<T, RowSource::kRms, false, kVector, true>{});
+  add(QuantizeTraits<T, RowSource::kLayer, false, kVector, true>{});
   add(QuantizeTraits<T, RowSource::kNorm, false, kVector, true>{});
   add(QuantizeTraits<T, RowSource::kNorm, true, kVector, true>{});
   add(QuantizeTraits<T, RowSource::kNorm, true, kVector, false>{});

@@ -118,8 +118,10 @@ __device__ inline float factor_of_halves(float absmax, float scale) {
   static_assert(sizeof(T) == 2);
   const float inverse = reciprocal(scale);
   if ((__float_as_uint(scale) & 0x7fffffu) == 0) return inverse;
-  if (std::is_same_v<T, __half> && __fmaf_rn(-127.0f, scale, absmax) == 0) return 0;
-  const bool is_less = __fdiv_rn(0.5f * absmax, scale) < 63.5f;
+  const float rest = __fmaf_rn(-127.0f, scale, absmax);
+  if (std::is_same_v<T, __half> && rest == 0) return 0;
+  // Whether absmax / 2 / scale, rounded, is below 63.5: by more than half a unit in the last place.
+  const bool is_less = rest * 0x1p18f < -scale;
   return __fmaf_rn(inverse, is_less ? -0x1p-21f : 0x1p-21f, inverse);
 }
 

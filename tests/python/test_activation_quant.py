@@ -89,6 +89,16 @@ def test_every_way_to_quantise(device, activation, scale):
             check(activation, x, up, smooth=smooth, rotation=8, **scale)
 
 
+@dtypes
+@activations
+def test_rows_without_large_results(device, activation, dtype):
+    for rows, length in ((1, 8), (3, 77), (4, 4096), (2, 11008), (1, 65536)):
+        x = random_rows(rows, length, device=device, dtype=dtype, seed=length)
+        negative = -x.abs().clamp(max=3.0)
+        check(activation, negative, None)
+        check(activation, torch.cat([negative, negative / -16]), None)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @activations
 def test_every_instruction_set(activation, isa, monkeypatch):
