@@ -174,17 +174,8 @@ void launch(const QuantizeProblem& p) {
   const int64_t all = kernel.in_registers > 0 ? 0 : ceil_div(p.cols, step) * step;
   const int64_t most = held_bytes(device) / static_cast<int64_t>(sizeof(float)) / step * step;
   const bool is_usual = p.zero_point == nullptr && !p.is_static;
-  QuantizeParams params{p,
-                        vectors,
-                        is_usual ? vectors : 0,
-                        static_cast<int>(std::min(all, most)),
-                        0,
+  QuantizeParams params{p, vectors, is_usual ? vectors : 0, static_cast<int>(std::min(all, most)),
                         1 / static_cast<float>(std::max<int64_t>(p.cols, 1))};
-  if (kernel.in_registers > 0) {
-    // Past the rows that are under way; with 56 registers there may be more of them.
-    const int64_t ahead = device.sm_count * (kResidentThreads * 9 / 8 / threads) / blocks;
-    params.rows_ahead = static_cast<int>(ahead < p.rows ? ahead : 0);
-  }
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(p.rows * blocks);
   config.blockDim = static_cast<unsigned>(threads);

@@ -308,32 +308,10 @@ __device__ inline void quantize_held_row(const QuantizeParams& params, const Row
   }
 }
 
-// What computes long waits for memory less when the row that comes next is already in L2.
-template <class Traits>
-__device__ inline void fetch_ahead(const QuantizeParams& params, const RowBlocks& blocks) {
-#if __CUDA_ARCH__ >= 900
-  using T = typename Traits::T;
-  const QuantizeProblem& p = params.problem;
-  const int64_t row = blocks.row + params.rows_ahead;
-  if (params.rows_ahead == 0 || row >= p.rows || blocks.rank != 0 || threadIdx.x != 0) return;
-  const auto fetch = [&](const void* data, int64_t stride) {
-    if (data == nullptr) return;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(
-                     __cvta_generic_to_global(static_cast<const T*>(data) + row * stride)),
-                 "r"(static_cast<uint32_t>(p.cols * sizeof(T)))
-                 : "memory");
-  };
-  fetch(p.x, p.stride_xr);
-  if (Traits::kIsNorm) fetch(p.residual.data, p.residual.stride_m);
-  if (Traits::kMultiplies) fetch(p.up.data, p.up.stride_m);
-#endif
-}
-
 // The code of usual rows is written out by the number of a thread's vectors.
 template <class Traits>
 __device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks) {
   __shared__ RowExchange exchange;
-  if constexpr (!Traits::kExact || Traits::kOptions) fetch_ahead<Traits>(params, blocks);
 #if __CUDA_ARCH__ >= 900
   constexpr bool kHasMost = true;
 #else

@@ -21,7 +21,6 @@ struct QuantizeParams {
   int vectors;        // of a row, that a thread has at the most, where it has them in registers
   int usual_vectors;  // the same of usual rows, and 0 of others
   int held;           // columns in shared memory, a multiple of what a block reads at once
-  int rows_ahead;     // where the row is that comes when one is done; 0: not asked for
   float inverse_cols;
 };
 
