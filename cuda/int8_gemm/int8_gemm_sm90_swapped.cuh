@@ -340,8 +340,7 @@ __device__ inline void swapped_fill_tile(const SwappedTiles<Traits>& tiles,
         is_x ? swapped_fill<Traits, true>(p, shared.outliers, first, some, box.x, to)
              : swapped_fill<Traits, false>(p, shared.outliers, first, some, n0, to);
       }
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) shared.filled[warpgroup][half].arrive();
+      shared.filled[warpgroup][half].arrive();
     }
   }
   if constexpr (Traits::kPingpong) phases ^= 1u << 4;
@@ -470,9 +469,9 @@ __device__ inline void swapped_add_outliers(typename Traits::Shared& shared,
     shared.filled[warpgroup][half].wait((phases >> half ^ chunk >> 1) & 1);
     swapped_add_outliers<Traits>(shared.staging[warpgroup].outliers[half],
                                  min(kAtATime, count - first), part.lane128, acc);
-    part.sync();
-    if (chunk + 2 < chunks && part.lane128 == 0) shared.drained[warpgroup][half].arrive();
+    if (chunk + 2 < chunks) shared.drained[warpgroup][half].arrive();
   }
+  part.sync();  // what is written takes the same place
   // The first half has been filled once more than the second where the chunks are odd.
   const uint32_t turned = ((chunks + 1) / 2 & 1) | (chunks / 2 & 1) << 1;
   if (part.lane128 == 0) shared.phases[warpgroup] = phases ^ turned;
@@ -523,7 +522,10 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
     const SwappedPart part{box.x, n0, origin.x, origin.y, n_end, lane128, 1 + warpgroup};
     auto& staging = shared.staging[warpgroup];
     part.sync();  // the tile before has been written
-    if (has_outliers && n0 < n_end && lane128 < 2) shared.drained[warpgroup][lane128].arrive();
+    if (has_outliers && n0 < n_end) {
+      shared.drained[warpgroup][0].arrive();
+      shared.drained[warpgroup][1].arrive();
+    }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (128 * i + lane128 >= Traits::kTileM) continue;
@@ -583,8 +585,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kIsNarrow ? 2 : 1)
     shared.found.init(1);
     for (int i = 0; i < Traits::kConsumers / 128; ++i) {
       for (int half = 0; half < 2; ++half) {
-        shared.drained[i][half].init(1);
-        shared.filled[i][half].init(2);  // by the two warps that gather
+        shared.drained[i][half].init(128);
+        shared.filled[i][half].init(64);  // the threads that gather
       }
       shared.phases[i] = 0;
     }
