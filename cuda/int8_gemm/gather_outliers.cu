@@ -17,7 +17,7 @@ __global__ void clear_mask(uint32_t* mask, int words, int32_t* counters) {
   wait_for_predecessor();
   const int at = blockIdx.x * kThreads + threadIdx.x;
   if (at < words) mask[at] = 0;
-  if (at < 2) counters[at] = 0;
+  if (counters != nullptr && at < 2) counters[at] = 0;
 }
 
 __global__ void __launch_bounds__(kThreads, 16)

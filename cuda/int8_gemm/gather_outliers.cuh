@@ -1,11 +1,11 @@
 // The columns of x that hold outliers, found from the masks that the quantisation has left, and
 // what belongs to them of x and of the weight (see epilogue/outliers.cuh).
 //
-// Two warps of a block do it. Of a Hopper product it is those that would be idle: for the block's
-// first tile, while the others multiply; and where it has more, all blocks together gather for all
-// of them, since a tile's elements lie far apart, each in a sector of its own. There a block takes
-// 32 rows of x or of the weight at a time, whichever nobody has taken yet: so nothing waits for a
-// block that is not running. Elsewhere a kernel of its own has these warps.
+// Two warps of a block do it. Of a Hopper product it is those that would be idle while the others
+// multiply. A tile's elements lie far apart, each in a sector of its own: with few tokens a block
+// reads those of its own tiles, with more all blocks gather together, each element once. There a
+// warp takes 32 rows of x or of the weight at a time, whichever nobody has taken yet: so nothing
+// waits for a block that is not running. Elsewhere a kernel of its own has these warps.
 #pragma once
 
 #include "core/integers.hpp"

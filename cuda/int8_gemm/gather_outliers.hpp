@@ -10,7 +10,7 @@ constexpr int kOutlierCapacity = 64;  // columns that are gathered; the others a
 // Words of a mask of K columns.
 int64_t mask_words(int64_t K);
 
-// Clears a mask that rows share, and two counters, before x is quantised.
+// Clears a mask that rows share, and two counters if there are any, before x is quantised.
 void clear_outlier_mask(uint32_t* mask, int64_t words, int32_t* counters, int device_index,
                         void* stream);
 

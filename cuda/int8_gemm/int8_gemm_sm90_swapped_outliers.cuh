@@ -118,8 +118,8 @@ __device__ inline void swapped_fill_tile(const SwappedTiles<Traits>& tiles,
   if constexpr (Traits::kPingpong) phases ^= 1u << 4;
 }
 
-// The outliers of all tiles, by the other two producer warps. The first tile does not wait for what
-// the blocks gather together.
+// The outliers of all tiles, by the other two producer warps: gathered by all blocks together where
+// the problem has counters, else tile by tile from where they lie.
 template <class Traits>
 __device__ inline void swapped_gather(const SwappedParams& p, typename Traits::Shared& shared) {
   const OutlierParams& outliers = p.output.outliers;
@@ -128,13 +128,10 @@ __device__ inline void swapped_gather(const SwappedParams& p, typename Traits::S
   if (shared.outliers.total() == 0) return;
   SwappedTiles<Traits> tiles(p);
   uint32_t phases = 0;
+  if (Traits::kIsNarrow || outliers.split.counters == nullptr) {  // a narrow tile has few elements
 #pragma unroll 1
-  do {
-    swapped_fill_tile<Traits, false>(tiles, shared, phases);
-    tiles.next();
-  } while (tiles.has_tile() && (Traits::kIsNarrow || outliers.split.counters == nullptr));
-  if constexpr (!Traits::kIsNarrow) {  // a narrow tile has few elements
-    if (!tiles.has_tile()) return;
+    for (; tiles.has_tile(); tiles.next()) swapped_fill_tile<Traits, false>(tiles, shared, phases);
+  } else {
     gather_together(outliers, shared.outliers);
 #pragma unroll 1
     for (; tiles.has_tile(); tiles.next()) swapped_fill_tile<Traits, true>(tiles, shared, phases);

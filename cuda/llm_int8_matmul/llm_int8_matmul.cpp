@@ -16,6 +16,8 @@ namespace {
 // Up to as many words of masks rows have masks of their own: that saves a kernel that clears a
 // common one, and costs each block of the product the reading.
 constexpr int64_t kMaskWords = 512;
+// Up to as many, a block of the product gathers the outliers of its own tiles.
+constexpr int64_t kFewTokens = 64;
 // A tile of the product may read as far behind the last row or column.
 constexpr int64_t kBehind = 256;
 
@@ -66,7 +68,8 @@ struct Call {
     split.masks = quantize.outlier_mask, split.mask_rows = static_cast<int>(mask_rows);
     split.stride_mask = words;
     split.outlier_count = p.outlier_count;
-    if (!has_masks) split.counters = parts.take<int32_t>(2);  // cleared with the mask
+    // Cleared with the mask.
+    if (!has_masks && p.M > kFewTokens) split.counters = parts.take<int32_t>(2);
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
