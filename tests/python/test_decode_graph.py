@@ -55,7 +55,7 @@ def quantised(device, scheme="w8a8", dtype=torch.bfloat16, **config) -> CausalLM
 @pytest.mark.cuda
 class TestGraph:
     @pytest.mark.parametrize("shape", SHAPES)
-    @pytest.mark.parametrize("scheme", ["w8a8", "smoothquant_o3"])
+    @pytest.mark.parametrize("scheme", ["w8a8", "smoothquant_o3", "llm_int8"])
     @pytest.mark.parametrize("kv_cache", [None, "int8"])
     def test_64_tokens_of_a_ragged_batch(self, shape, scheme, kv_cache):
         model = quantised("cuda", scheme, **SHAPES[shape])

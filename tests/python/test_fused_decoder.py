@@ -331,7 +331,10 @@ REASONS = {
         r"model\.layers\.2\.self_attn\.k_proj has scheme 'w8a8_static', expected 'w8a8'",
     ),
     "per tensor": ({"scheme": "w8a8_tensor"}, r"q_proj has scheme 'w8a8_tensor', expected 'w8a8'"),
-    "outliers": ({"scheme": "llm_int8"}, r"model\.layers\.0\..* is a OutlierLinear, expected"),
+    "outliers": (
+        {"overrides": {"layers.1.mlp.up_proj": "llm_int8"}},
+        r"model\.layers\.1\.mlp\.up_proj is a OutlierLinear, expected an Int8Linear",
+    ),
     "rotation": ({"rotation": 4}, r"model\.layers\.0\.self_attn\.q_proj has rotation"),
 }
 

@@ -1,6 +1,6 @@
-"""Decoder layers in W8A8 as few kernels: the fast path of `CausalLM`.
+"""Quantised decoder layers as few kernels: the fast path of `CausalLM`.
 
-A layer is, with one product for all that reads a norm:
+A layer in W8A8 is, with one product for all that reads a norm:
 
     q, s, x = norm_quant(x, residual=delta)          # the addition, the norm and its quantisation
     query, key, value = int8_gemm(q, [q; k; v])
@@ -12,7 +12,9 @@ A layer is, with one product for all that reads a norm:
 
 and likewise where attention and MLP stand side by side. Nothing is rounded to 16 bits between a
 norm or an activation and its quantisation, so results differ from the modules' by that rounding:
-they are the more exact ones. Float models, other schemes and layers left in float run by their
+they are the more exact ones. A layer in LLM.int8(), whose products take float inputs, is what its
+modules compute, but q, k and v are one product, and so are gate and up: each input is quantised and
+searched for outliers once. Float models, other schemes and layers left in float run by their
 modules; `why_not_fused` says why.
 
 Source: ZeroQuant (Yao et al., 2022), quantisation fused into what comes before a product.
@@ -31,7 +33,13 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.frozen_linear import FLOATS
-from ..nn.joint_linear import JointLinear, why_not_joint
+from ..nn.joint_linear import (
+    JointLinear,
+    JointOutlierLinear,
+    why_not_joint,
+    why_not_joint_outliers,
+)
+from ..nn.outlier_linear import OutlierLinear
 from ..quantize_ops import (
     gelu_quant,
     layer_norm_quant,
@@ -58,29 +66,42 @@ def why_not_fused(model: CausalLM) -> str | None:
         return reason
     if any(_hooks(model)):
         return "its modules have hooks"
-    config = model.config
     if model.dtype not in FLOATS:
         return f"the model is {model.dtype}, expected float32, float16 or bfloat16"
-    if config.activation == "silu" and not config.mlp_gated:
-        return "silu without a gate has no fused quantisation"
     for index, layer in enumerate(model.model.layers):
         name = f"model.layers.{index}"
         if type(layer) is not DecoderLayer:
             return f"{name} is a {type(layer).__name__}, expected a DecoderLayer"
-        for own in ("input_layernorm", "post_attention_layernorm"):
-            norm = getattr(layer, own)
-            if norm is None:
-                continue
-            if type(norm) not in (RMSNorm, nn.LayerNorm):
-                kind = type(norm).__name__
-                return f"{name}.{own} is a {kind}, expected a RMSNorm or LayerNorm"
-            if norm.weight is None or norm.weight.dtype != model.dtype:
-                return f"{name}.{own} has no weight in the model's dtype, {model.dtype}"
+        with_outliers = _has_outliers(layer)
+        reason = None if with_outliers else _why_not_quantised_between(model, name, layer)
+        if reason is not None:
+            return reason
         for group in _groups(layer):
             linears = {f"{name}.{own}": layer.get_submodule(own) for own in group}
-            reason = why_not_joint(linears)
+            reason = (why_not_joint_outliers if with_outliers else why_not_joint)(linears)
             if reason is not None:
                 return reason
+    return None
+
+
+def _has_outliers(layer: DecoderLayer) -> bool:
+    """Whether a layer is, or begins as if it were, in LLM.int8()."""
+    return type(layer.self_attn.q_proj) is OutlierLinear
+
+
+def _why_not_quantised_between(model: CausalLM, name: str, layer: DecoderLayer) -> str | None:
+    """What keeps a layer's norms and activation from those that quantise."""
+    if model.config.activation == "silu" and not model.config.mlp_gated:
+        return "silu without a gate has no fused quantisation"
+    for own in ("input_layernorm", "post_attention_layernorm"):
+        norm = getattr(layer, own)
+        if norm is None:
+            continue
+        if type(norm) not in (RMSNorm, nn.LayerNorm):
+            kind = type(norm).__name__
+            return f"{name}.{own} is a {kind}, expected a RMSNorm or LayerNorm"
+        if norm.weight is None or norm.weight.dtype != model.dtype:
+            return f"{name}.{own} has no weight in the model's dtype, {model.dtype}"
     return None
 
 
@@ -141,12 +162,18 @@ def _groups(layer: DecoderLayer) -> tuple[list[str], ...]:
 class FusedDecoder:
     """The layers of a model that `why_not_fused` has no reason against.
 
-    Building it joins the weights of the layers that read one input (:class:`JointLinear`); at its
-    height that takes the memory of one more product's weight.
+    Building it joins the weights of the layers that read one input (:class:`JointLinear`,
+    :class:`JointOutlierLinear`); at its height that takes the memory of one more product's weight,
+    or two where an OutlierLinear pads its rows.
     """
 
     def __init__(self, model: CausalLM) -> None:
-        self._layers = [FusedLayer(layer, model.config.activation) for layer in model.model.layers]
+        self._layers = [
+            OutlierLayer(layer)
+            if _has_outliers(layer)
+            else FusedLayer(layer, model.config.activation)
+            for layer in model.model.layers
+        ]
         self._modules = [(model.model._modules, "layers", model.model.layers)]
         self._modules += [
             (module._modules, name, child)
@@ -176,7 +203,7 @@ class FusedDecoder:
 
 
 class FusedLayer:
-    """One decoder layer. It takes hidden states as x + delta and returns them so."""
+    """One decoder layer in W8A8. It takes hidden states as x + delta and returns them so."""
 
     def __init__(self, layer: DecoderLayer, activation: str) -> None:
         self._attention = layer.self_attn
@@ -221,6 +248,39 @@ class FusedLayer:
 
     def _activate(self, x: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._activation(x, up=up, scale=self._down.input_scale)
+
+
+class OutlierLayer:
+    """One decoder layer in LLM.int8(), which takes and returns what a :class:`FusedLayer` does."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        self._attention = layer.self_attn
+        self._norm = layer.input_layernorm
+        self._post_norm = layer.post_attention_layernorm
+        self._parallel = layer.parallel
+        self._activation = layer.mlp.activation
+        groups = _groups(layer)
+        self.joints = [
+            JointOutlierLinear([layer.get_submodule(own) for own in names]) for names in groups
+        ]
+        self._first, self._o, self._down = self.joints[0], self.joints[-2], self.joints[-1]
+        self._up = self.joints[1] if self._post_norm is not None else None
+
+    def __call__(
+        self, x: Tensor, delta: Tensor | None, state: ForwardState
+    ) -> tuple[Tensor, Tensor]:
+        x = x if delta is None else x + delta
+        query, key, value, *inner = self._first(self._norm(x)).split(self._first.sizes, -1)
+        attended = self._o(self._attention.attend(query, key, value, state))
+        if self._post_norm is None:
+            return x + attended, self._mlp(*inner)
+        before, x = x, x + attended
+        normed = self._post_norm(before if self._parallel else x)
+        return x, self._mlp(*self._up(normed).split(self._up.sizes, -1))
+
+    def _mlp(self, x: Tensor, up: Tensor | None = None) -> Tensor:
+        activated = self._activation(x)
+        return self._down(activated if up is None else activated * up)
 
 
 def _norm_quant(

@@ -218,8 +218,9 @@ class CausalLM(nn.Module):
     `model(input_ids, cache)` takes (batch, seqlen) int64 token ids and returns logits
     (batch, seqlen, vocab_size). With a cache, the ids continue what the cache holds.
 
-    A decoder in W8A8 runs on fastq's fused ops (`fused.py`) where `use_fused` is set, as it is from
-    the start, all its layers are quantised, and nothing asks for gradients, autocast or hooks.
+    A decoder in W8A8 or LLM.int8() runs on fastq's fused ops (`fused.py`) where `use_fused` is set,
+    as it is from the start, all its layers are quantised, and nothing asks for gradients, autocast
+    or hooks.
     """
 
     def __init__(self, config: ModelConfig) -> None:
