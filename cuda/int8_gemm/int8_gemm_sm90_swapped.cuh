@@ -29,166 +29,19 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <algorithm>
-#include <cstddef>
 
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 
-#include "int8_gemm/gather_outliers.cuh"
 #include "int8_gemm/int8_gemm_kernels.hpp"
+#include "int8_gemm/int8_gemm_sm90_swapped_outliers.cuh"
 #include "int8_gemm/int8_gemm_sm90_swapped_output.cuh"
+#include "int8_gemm/int8_gemm_sm90_swapped_tiles.cuh"
 #include "int8_gemm/int8_wgmma.cuh"
 #include "runtime/dependent_launch.cuh"
 #include "runtime/tma.hpp"
 
 namespace fastq::cuda {
-
-struct SwappedParams {
-  CUtensorMap a, b;      // tokens and channels
-  int tiles_m, tiles_n;  // of clusters, where there are any
-  bool cluster_n;        // of neighbours along N, which share tokens; else along M: channels
-  int group;             // columns of tiles that are worked off together
-  int width;             // channels of a tile: a multiple of 8
-  int box_m, box_n;      // tokens and channels that are loaded for a tile
-  int k_tiles, stages;
-  int split_k;
-  bool b_is_constant;  // the kernel before this one does not write it
-  OutputParams output;
-};
-
-template <int kTokens, int kWarpgroups, bool kIsPingpong>
-struct SwappedTraits {
-  static_assert(!kIsPingpong || kWarpgroups == 2);
-  static constexpr bool kPingpong = kIsPingpong;
-  static constexpr int kCluster = kPingpong ? 2 : 1;            // blocks that bring what both need
-  static constexpr int kPerTile = kPingpong ? 1 : kWarpgroups;  // warpgroups that share a tile
-  static constexpr int kBlocks = kPingpong ? 2 : 1;             // of 64 channels, of a warpgroup
-  static constexpr int kBlockStride = 64 * kPerTile;
-  static constexpr int kTileM = kTokens, kTileN = kBlockStride * kBlocks;
-  // What a stage holds of K, in boxes of a swizzle's width. Small tiles multiply so fast that the
-  // barriers of a stage are felt: two boxes share them. With larger ones, many stages are worth
-  // more.
-  static constexpr int kBoxK = 128, kBoxes = kTokens <= 32 || kWarpgroups == 1 ? 2 : 1;
-  static constexpr int kTileK = kBoxes * kBoxK;
-  static constexpr int kConsumers = 128 * kWarpgroups;
-  static constexpr int kThreads = kConsumers + 128;
-  // Two blocks a multiprocessor where the accumulators are few: the next kernel's can settle in
-  // beside this one's.
-  static constexpr bool kIsNarrow = kBlocks == 1 && kTokens * kWarpgroups <= 64;
-  // Together no more than the block starts with: 128 registers a thread, 80 or 168.
-  static constexpr bool kIsLargest = kBlocks * kTokens > 224;
-  static constexpr int kConsumerRegisters = kIsNarrow    ? (kWarpgroups == 1 ? 192 : 104)
-                                            : kIsLargest ? 232
-                                                         : 224;
-  static constexpr int kProducerRegisters = kWarpgroups == 1 ? 64
-                                            : kIsNarrow      ? 32
-                                            : kIsLargest     ? 40
-                                                             : 56;
-  static constexpr int kMaxStages = 32;
-  // Tokens of sums written at a time, their rows padded against bank conflicts.
-  static constexpr int kChunk = kTokens < 32 ? kTokens : kTokens % 32 == 0 ? 32 : 16;
-  static constexpr int kPad = 4;
-  // What is written of a plain output at a time, in turns that alternate between two buffers.
-  static constexpr int kLines = kTokens < 64 ? kTokens : kTokens > 128 ? 32 : 64;
-  static constexpr int kTurns = kBlocks * ((kTokens + kLines - 1) / kLines);
-  static constexpr int kLineBuffers = kTurns > 1 ? 2 : 1;
-
-  // The sums of a warpgroup: for every 64 channels, WGMMA's kTokens / 2 registers a thread.
-  using Sums = uint32_t[kBlocks][kTokens / 2];
-
-  // What lies behind the stages. Lines of 16-bit output take the place of the sums.
-  struct Shared {
-    // Of a column with outliers: x, and the weight.
-    struct Outliers {
-      float x[kTokens], b[64 * kBlocks];
-    };
-    static constexpr int kStagingBytes =
-        std::max(kChunk * (64 + kPad) * 4, kLineBuffers * kLines * 128);
-    // In halves: while one is added, the other is filled.
-    static constexpr int kOutliers = kStagingBytes / static_cast<int>(sizeof(Outliers)) / 2;
-    union Staging {
-      int32_t sums[kChunk][64 + kPad];
-      uint4 lines[kLineBuffers][kLines][8];
-      Outliers outliers[2][kOutliers];
-    };
-    alignas(16) Staging staging[kWarpgroups];
-    alignas(16) OutputRow rows[kWarpgroups][kTokens];
-    alignas(16) float scales[kWarpgroups][kTokens];  // theirs alone
-    cutlass::arch::ClusterTransactionBarrier full[kMaxStages];
-    cutlass::arch::ClusterBarrier empty[kMaxStages];
-    // The outliers' columns are found; a warpgroup's staging may take their elements, and has some.
-    cutlass::arch::ClusterBarrier found, drained[kWarpgroups][2], filled[kWarpgroups][2];
-    uint32_t phases[kWarpgroups];  // of `filled`, a bit for each half
-    FoundOutliers outliers;        // the last: it is there only where the product has any
-  };
-  // Split-K: the whole tile's sums take the stages' place.
-  using SplitSums = int32_t[kTileM][kTileN + kPad];
-
-  static constexpr int kSmemLimit = 227 * 1024;
-  static int stage_bytes(int width) { return (kTileM + width) * kTileK; }
-  static int shared_bytes(bool has_outliers) {
-    return static_cast<int>(has_outliers ? sizeof(Shared) : offsetof(Shared, outliers));
-  }
-  static int stages(int width, int blocks_per_sm, bool has_outliers) {
-    const int limit = blocks_per_sm == 2 ? 113 * 1024 : kSmemLimit;
-    return std::min(kMaxStages, (limit - shared_bytes(has_outliers)) / stage_bytes(width));
-  }
-};
-
-// The stage of the ring and the parity of its turn.
-struct RingPosition {
-  int stages;
-  int stage = 0;
-  uint32_t phase = 0;
-
-  __device__ void next() {
-    if (++stage == stages) stage = 0, phase ^= 1;
-  }
-  __device__ void skip(int count) {
-    stage += count;
-    phase ^= stage / stages & 1;
-    stage %= stages;
-  }
-};
-
-// A block's tiles, one after the other. Tiles that run at the same time share operands in L2: they
-// come from a few columns of tiles.
-template <class Traits>
-struct SwappedTiles {
-  const SwappedParams& p;
-  int index;
-  int rank = 0;  // in the cluster
-
-  __device__ explicit SwappedTiles(const SwappedParams& params)
-      : p(params), index(blockIdx.x / blocks()) {
-    if (blocks() > 1) rank = static_cast<int>(cute::block_rank_in_cluster());
-  }
-  __device__ int blocks() const { return Traits::kCluster > 1 ? Traits::kCluster : p.split_k; }
-  __device__ bool has_tile() const { return index < p.tiles_m * p.tiles_n; }
-  __device__ void next() { index += gridDim.x / blocks(); }
-  // The first token and channel that it writes.
-  __device__ int2 origin() const {
-    const int per_group = p.group * p.tiles_m;
-    const int first = index / per_group * p.group;
-    const int group = min(p.group, p.tiles_n - first);
-    const int in_group = index % per_group;
-    int row = in_group / group, column = first + in_group % group;
-    if (Traits::kCluster > 1) {
-      row = p.cluster_n ? row : row * Traits::kCluster + rank;
-      column = p.cluster_n ? column * Traits::kCluster + rank : column;
-    }
-    return {row * Traits::kTileM, column * p.width};
-  }
-  // The first token and channel that are loaded for it; the latter stays a multiple of 8.
-  __device__ int2 box(int2 origin) const {
-    const int last_n = p.output.N % 8 == 0 ? max(p.output.N - p.box_n, 0) : origin.y;
-    return {min(origin.x, max(p.output.M - p.box_m, 0)), min(origin.y, last_n)};
-  }
-  __device__ int first_k() const { return p.split_k == 1 ? 0 : rank * p.k_tiles / p.split_k; }
-  __device__ int last_k() const {
-    return p.split_k == 1 ? p.k_tiles : (rank + 1) * p.k_tiles / p.split_k;
-  }
-};
 
 // One thread of the first producer warp brings the channels, one of the second the tokens. The loop
 // is kept to a few instructions: its latency bounds how fast stages can follow each other.
@@ -234,138 +87,6 @@ __device__ inline void swapped_produce(const SwappedParams& p, typename Traits::
         }
       }
     }
-  }
-}
-
-// What belongs to some columns with outliers, from `first` on, and to a warpgroup's tokens (kIsX)
-// or channels. By a warp; all loads are on their way before the first is looked at.
-template <class Traits, bool kIsX>
-__device__ inline void swapped_fill(const OutlierParams& p, const FoundOutliers& found, int first,
-                                    int count, int row0,
-                                    typename Traits::Shared::Outliers* outliers) {
-  constexpr int kRows = kIsX ? Traits::kTileM : 64 * Traits::kBlocks, kTurns = (kRows + 31) / 32;
-  const int lane = threadIdx.x % 32, rows = min(kRows, (kIsX ? p.M : p.N) - row0);
-#pragma unroll 1
-  for (int c = 0; c < count; ++c) {
-    OutlierColumn<kIsX> column(p, found, first + c, row0 + lane, 32);
-    float* const to = kIsX ? outliers[c].x : outliers[c].b;
-    const uint32_t words = cute::cast_smem_ptr_to_uint(to + lane);
-#pragma unroll
-    for (int i = 0; i < kTurns; ++i, column.next()) {
-      if (32 * i + lane >= rows) break;
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(words + 128 * i),
-                   "l"(word_of(column.address))
-                   : "memory");
-    }
-  }
-  float scales[kTurns];
-#pragma unroll
-  for (int i = 0; i < kTurns; ++i) {
-    if (32 * i + lane < rows) scales[i] = outlier_scale<kIsX>(p, row0 + 32 * i + lane);
-  }
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#pragma unroll 1
-  for (int c = 0; c < count; ++c) {
-    OutlierColumn<kIsX> column(p, found, first + c, row0 + lane, 32);
-    float* const to = kIsX ? outliers[c].x : outliers[c].b;
-    float values[kTurns];
-#pragma unroll
-    for (int i = 0; i < kTurns; ++i, column.next()) {
-      if (32 * i + lane >= kRows) break;
-      const uint32_t word = __float_as_uint(to[32 * i + lane]);
-      values[i] = outlier_value<kIsX>(p, column.is_kept, word,
-                                      static_cast<uint32_t>(column.address), scales[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kTurns; ++i) {
-      if (32 * i + lane < kRows) to[32 * i + lane] = values[i];
-    }
-  }
-}
-
-// The same of what has been gathered.
-template <class Traits, bool kIsX>
-__device__ inline void swapped_fill_gathered(const OutlierSplit& split, int first, int count,
-                                             int row0,
-                                             typename Traits::Shared::Outliers* outliers) {
-  constexpr int kRows = kIsX ? Traits::kTileM : 64 * Traits::kBlocks;
-  const int lane = threadIdx.x % 32;
-  const int64_t stride = kIsX ? split.stride_gx : split.stride_gb;
-  // Rows are longer than the matrix.
-  const float* from = (kIsX ? split.gathered_x : split.gathered_b) + first * stride + row0 + lane;
-#pragma unroll 1
-  for (int c = 0; c < count; ++c, from += stride) {
-    const uint32_t to = cute::cast_smem_ptr_to_uint((kIsX ? outliers[c].x : outliers[c].b) + lane);
-#pragma unroll
-    for (int i = 0; 32 * i < kRows; ++i) {
-      if (32 * i + lane >= kRows) break;
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to + 128 * i),
-                   "l"(from + 32 * i)
-                   : "memory");
-    }
-  }
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-// A tile's outliers, from where they lie or as they have been gathered. `phases` has two bits of
-// each warpgroup's `drained`, and above them which warpgroup's turn it is.
-template <class Traits, bool kIsGathered>
-__device__ inline void swapped_fill_tile(const SwappedTiles<Traits>& tiles,
-                                         typename Traits::Shared& shared, uint32_t& phases) {
-  constexpr int kAtATime = Traits::Shared::kOutliers;
-  const OutlierParams& p = tiles.p.output.outliers;
-  const int2 origin = tiles.origin(), box = tiles.box(origin);
-  const auto await_drained = [&](int warpgroup, int half) {
-    const int bit = 2 * warpgroup + half;
-    shared.drained[warpgroup][half].wait(phases >> bit & 1);
-    phases ^= 1u << bit;
-  };
-#pragma unroll 1
-  for (int part = 0; part < Traits::kPerTile; ++part) {
-    const int warpgroup = Traits::kPingpong ? phases >> 4 : part, n0 = box.y + 64 * part;
-    const bool has_part = n0 < min(p.N, origin.y + tiles.p.width);
-    const int count = has_part ? shared.outliers.gathered() : 0;
-#pragma unroll 1
-    for (int first = 0, half = 0; first < count; first += kAtATime, half ^= 1) {
-      // All the staging becomes free with a tile, and then a half when it has been added.
-      if (first != kAtATime) await_drained(warpgroup, half);
-      if (first == 0) await_drained(warpgroup, 1);
-      auto* const to = shared.staging[warpgroup].outliers[half];
-      const int some = min(kAtATime, count - first);
-      const bool is_x = threadIdx.x % 64 < 32;
-      if constexpr (kIsGathered) {
-        is_x ? swapped_fill_gathered<Traits, true>(p.split, first, some, box.x, to)
-             : swapped_fill_gathered<Traits, false>(p.split, first, some, n0, to);
-      } else {
-        is_x ? swapped_fill<Traits, true>(p, shared.outliers, first, some, box.x, to)
-             : swapped_fill<Traits, false>(p, shared.outliers, first, some, n0, to);
-      }
-      shared.filled[warpgroup][half].arrive();
-    }
-  }
-  if constexpr (Traits::kPingpong) phases ^= 1u << 4;
-}
-
-// The outliers of all tiles, by the other two producer warps. The first tile does not wait for what
-// the blocks gather together.
-template <class Traits>
-__device__ inline void swapped_gather(const SwappedParams& p, typename Traits::Shared& shared) {
-  const OutlierParams& outliers = p.output.outliers;
-  find_outliers(outliers, shared.outliers, [] { cutlass::arch::NamedBarrier::sync(64, 5); });
-  if (threadIdx.x % 64 == 0) shared.found.arrive();
-  if (shared.outliers.total() == 0) return;
-  SwappedTiles<Traits> tiles(p);
-  uint32_t phases = 0;
-#pragma unroll 1
-  do {
-    swapped_fill_tile<Traits, false>(tiles, shared, phases);
-    tiles.next();
-  } while (tiles.has_tile() && (Traits::kIsNarrow || outliers.split.counters == nullptr));
-  if constexpr (!Traits::kIsNarrow) {  // a narrow tile has few elements
-    if (!tiles.has_tile()) return;
-    gather_together(outliers, shared.outliers);
-#pragma unroll 1
-    for (; tiles.has_tile(); tiles.next()) swapped_fill_tile<Traits, true>(tiles, shared, phases);
   }
 }
 
@@ -453,28 +174,6 @@ __device__ inline void swapped_split_tile(const SwappedParams& p, const SwappedT
   swapped_reduce<Traits>(p.output, sums, box, origin, n_end, tiles.rank, p.split_k, thread,
                          columns);
   cute::cluster_sync();  // the others may still read here
-}
-
-// The outliers' products, as they are filled in, are added to what are floats by then.
-template <class Traits>
-__device__ inline void swapped_add_outliers(typename Traits::Shared& shared,
-                                            const SwappedPart& part, int warpgroup,
-                                            typename Traits::Sums& acc) {
-  constexpr int kAtATime = Traits::Shared::kOutliers;
-  const int count = shared.outliers.gathered(), chunks = (count + kAtATime - 1) / kAtATime;
-  const uint32_t phases = shared.phases[warpgroup];
-#pragma unroll 1
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    const int half = chunk % 2, first = chunk * kAtATime;
-    shared.filled[warpgroup][half].wait((phases >> half ^ chunk >> 1) & 1);
-    swapped_add_outliers<Traits>(shared.staging[warpgroup].outliers[half],
-                                 min(kAtATime, count - first), part.lane128, acc);
-    if (chunk + 2 < chunks) shared.drained[warpgroup][half].arrive();
-  }
-  part.sync();  // what is written takes the same place
-  // The first half has been filled once more than the second where the chunks are odd.
-  const uint32_t turned = ((chunks + 1) / 2 & 1) | (chunks / 2 & 1) << 1;
-  if (part.lane128 == 0) shared.phases[warpgroup] = phases ^ turned;
 }
 
 // A consumer warpgroup: the sums of its tiles, and what becomes of them.

@@ -124,53 +124,6 @@ __device__ inline void store_16_bytes(void* out, const uint4& words) {
                : "memory");
 }
 
-// The sums become floats, in place.
-template <class Traits>
-__device__ inline void swapped_scale(const float* scales, const SwappedPart& part,
-                                     const SwappedPlainColumns<Traits>& columns,
-                                     typename Traits::Sums& acc) {
-#pragma unroll
-  for (int j = 0; j < Traits::kTileM / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4 * Traits::kBlocks; ++i) {
-      uint32_t& sum = acc[i / 4][4 * j + i % 4];
-      const float scale = scales[8 * j + part.lane128 % 4 * 2 + i % 2];
-      sum = __float_as_uint(scale_sum(sum, scale, columns.scale_b[i / 4][i % 4 / 2]));
-    }
-  }
-}
-
-// `count` columns with outliers are added to what are floats by then; see epilogue/outliers.cuh.
-template <class Traits>
-__device__ inline void swapped_add_outliers(const typename Traits::Shared::Outliers* outliers,
-                                            int count, int lane128, typename Traits::Sums& acc) {
-  const int lane = lane128 % 32;
-#pragma unroll 1
-  for (int c = 0; c < count; ++c) {
-    const auto& x = outliers[c].x;
-    const auto& b = outliers[c].b;
-    float v[Traits::kBlocks][2];
-#pragma unroll
-    for (int i = 0; i < 2 * Traits::kBlocks; ++i) {
-      v[i / 2][i % 2] = b[i / 2 * 64 + lane128 / 32 * 16 + i % 2 * 8 + lane / 4];
-    }
-#pragma unroll
-    for (int j = 0; j < Traits::kTileM / 8; ++j) {
-      const float2 pair = *reinterpret_cast<const float2*>(&x[8 * j + lane % 4 * 2]);
-#pragma unroll
-      for (int token = 0; token < 2; ++token) {
-        const float its_x = token == 0 ? pair.x : pair.y;
-        if (its_x == 0) continue;
-#pragma unroll
-        for (int i = 0; i < 2 * Traits::kBlocks; ++i) {
-          uint32_t& y = acc[i / 2][4 * j + i % 2 * 2 + token];
-          y = __float_as_uint(__fmaf_rn(its_x, v[i / 2][i % 2], __uint_as_float(y)));
-        }
-      }
-    }
-  }
-}
-
 // A plain output of 16-bit floats: scaled in registers, unless it is, turned by stmatrix, 64
 // channels and up to 64 tokens at a time.
 template <class Traits, DType kDType>
