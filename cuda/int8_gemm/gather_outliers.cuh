@@ -3,7 +3,7 @@
 //
 // Two warps of a block do it. Of a Hopper product it is those that would be idle: for the block's
 // first tile, while the others multiply; and where it has more, all blocks together gather for all
-// of them, since a tile's elements lie far apart, each in a sector of its own. There a block takes
+// of them, since a tile's elements lie far apart, each in a sector of its own. There a warp takes
 // 32 rows of x or of the weight at a time, whichever nobody has taken yet: so nothing waits for a
 // block that is not running. Elsewhere a kernel of its own has these warps.
 #pragma once
@@ -122,7 +122,7 @@ struct OutlierColumn {
   int64_t bytes;
 };
 
-// The word that holds an element.
+// The word that holds an element: an aligned one, so it is in the memory that holds the element.
 __device__ inline const uint32_t* word_of(uintptr_t address) {
   return reinterpret_cast<const uint32_t*>(address & ~uintptr_t{3});
 }
