@@ -31,7 +31,7 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -331,16 +331,22 @@ def _run_case(
             benchmark.failed.append(system)
 
 
-def add_models(parser: argparse.ArgumentParser, models: Sequence[str]) -> None:
-    names, default = ", ".join(CONFIGS), " ".join(models)
+def add_names(
+    parser: argparse.ArgumentParser, kind: str, names: Iterable[str], default: Sequence[str]
+) -> None:
+    """--models MODEL ..., of the names."""
     parser.add_argument(
-        "--models",
+        f"--{kind}s",
         nargs="+",
-        choices=CONFIGS,
-        default=list(models),
-        metavar="MODEL",
-        help=f"of {names}; default: {default}",
+        choices=list(names),
+        default=list(default),
+        metavar=kind.upper(),
+        help=f"of {', '.join(names)}; default: {', '.join(default)}",
     )
+
+
+def add_models(parser: argparse.ArgumentParser, models: Sequence[str]) -> None:
+    add_names(parser, "model", CONFIGS, models)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -348,15 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_models(parser, [name for name in CONFIGS if name != "tiny"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 1024])
-    names, default = (", ".join(systems) for systems in (SYSTEMS, DEFAULT_SYSTEMS))
-    parser.add_argument(
-        "--systems",
-        nargs="+",
-        choices=SYSTEMS,
-        default=list(DEFAULT_SYSTEMS),
-        metavar="SYSTEM",
-        help=f"of {names}; default: {default}",
-    )
+    add_names(parser, "system", SYSTEMS, DEFAULT_SYSTEMS)
     parser.add_argument("--explain", action="store_true", help="tell where a step goes, too")
     options = parser.parse_args(arguments)
     writer = results.writer(options, "decode")

@@ -128,6 +128,12 @@ def _times(peer: Line | None, ours: Line | None) -> str:
     return "" if peer is None or ours is None else f"{times(peer, ours):.2f}"
 
 
+def _ahead(cases: dict[str, Line]) -> dict[str, str]:
+    """How far W8A8 is ahead of 16 bits."""
+    peer, ours = cases.get(FLOAT), cases.get(OURS)
+    return {"16-bit ms": _ms(peer), "W8A8 ms": _ms(ours), "× 16-bit": _times(peer, ours)}
+
+
 def decode_table(lines: list[Line]) -> list[str]:
     """A step of every model: milliseconds of each system, and how far W8A8 is ahead."""
     rows = []
@@ -136,9 +142,7 @@ def decode_table(lines: list[Line]) -> list[str]:
         rows.append(
             {
                 "a step of decoding, batch, tokens before": f"{model}, {batch}, {context}",
-                "16-bit ms": _ms(get(FLOAT)),
-                "W8A8 ms": _ms(get(OURS)),
-                "× 16-bit": _times(get(FLOAT), get(OURS)),
+                **_ahead(cases),
                 "of the limit": _cell(get(OURS), lambda x: f"{x['of_limit']:.0%}"),
                 "INT8 cache ms": _ms(get(OURS_KV8)),
                 "× 16-bit ": _times(get(FLOAT), get(OURS_KV8)),
@@ -159,9 +163,7 @@ def prefill_table(lines: list[Line]) -> list[str]:
         rows.append(
             {
                 "prefill, batch × tokens": f"{model}, {batch} × {seqlen}",
-                "16-bit ms": _ms(get(FLOAT)),
-                "W8A8 ms": _ms(get(OURS)),
-                "× 16-bit": _times(get(FLOAT), get(OURS)),
+                **_ahead(cases),
                 "eager W8A8 ms": _ms(get(f"{OURS}[eager]")),
                 "eager × 16-bit": _times(get(f"{FLOAT}[eager]"), get(f"{OURS}[eager]")),
             }

@@ -122,7 +122,7 @@ struct OutlierColumn {
   int64_t bytes;
 };
 
-// The word that holds an element.
+// The word that holds an element: an aligned one, so it is in the memory that holds the element.
 __device__ inline const uint32_t* word_of(uintptr_t address) {
   return reinterpret_cast<const uint32_t*>(address & ~uintptr_t{3});
 }

@@ -34,8 +34,9 @@ struct QuantizeTraits {
   static constexpr bool kHoldsWords =
       (kExact && !kOptions) || kSource == RowSource::kLoneActivation;
   static constexpr int kInRegisters = !kHolds_ ? 0 : kHoldsWords ? 8 : 4;
-  // Options take more than the 64 registers that the largest block leaves. Other rows of 16-bit
-  // elements as floats are left 56, so that three blocks with a row of 11008 columns find room.
+  // Options take more than the 64 registers that the largest block leaves. Most other rows
+  // of 16-bit elements as floats are left 56, so that three blocks with a row of 11008 columns find
+  // room.
   static constexpr bool kIsHalf = std::is_same_v<T, __half>;
   static constexpr bool kIsWide = kHolds_ && kOptions && !kIsPlain;
   static constexpr bool kIsTight = kHolds_ && !kHoldsWords && !kIsWide && sizeof(T) == 2 &&

@@ -3,9 +3,10 @@
 //
 // Every kernel so launched waits before it touches global memory (but for the b of an int8_gemm
 // that is promised constant), and lets its successor start only then. So when a kernel starts,
-// whatever ran before its predecessor has finished. A launch without the attribute waits for
-// everything, as ever. Code compiled for less than kDependentLaunchArch cannot wait, so it must be
-// launched without, wherever it runs.
+// whatever ran before its predecessor has finished. (The kernel that clears a mask of outliers lets
+// the quantisation start at once: that touches nothing before it has waited.) A launch without the
+// attribute waits for everything, as ever. Code compiled for less than kDependentLaunchArch cannot
+// wait, so it must be launched without, wherever it runs.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -373,6 +373,9 @@ _LEAST_SCALE = torch.finfo(torch.float32).tiny  # what a scale never falls below
 
 
 def _tensor_scale(x: Tensor, smooth: Tensor | None) -> Tensor:
+    """absmax(x / smooth) / 127 as a float32 scalar on x's device: 1 where all is 0, and NaN or Inf
+    where x holds one, so that all that is quantised by it becomes NaN or Inf. An op, so that
+    torch.compile takes it from the x that is quantised, and not from one before its rounding."""
     if x.numel() == 0:
         return torch.ones((), dtype=torch.float32, device=x.device)
     if smooth is None:

@@ -88,9 +88,9 @@ def fused(model: CausalLM, function):
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Both paths compute in float32, in orders of their own. So an activation that lies between
     two steps of its quantisation may go either way: rarely, and by one of 127 steps in one of a
-    sum's terms, which is what the largest error may be."""
+    sum's terms. On a GPU, where the orders differ more, such a step may be seen whole."""
     error = (actual - expected).abs() / expected.abs().max()
-    assert error.max() < 1 / 127
+    assert error.max() < (1 / 127 if error.is_cuda else 1e-3)
     assert error.median() < 1e-5
 
 

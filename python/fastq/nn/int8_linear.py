@@ -17,13 +17,6 @@ from .input_gradient import with_input_gradient
 _SCHEMES = ("w8a8", "w8a8_tensor", "w8a8_static")
 
 
-def _tensor_scale(x: Tensor, smooth: Tensor | None) -> Tensor:
-    """absmax(x / smooth) / 127 as a float32 scalar on x's device: 1 where all is 0, and NaN or Inf
-    where x holds one, so that all that is quantised by it becomes NaN or Inf. An op, so that
-    torch.compile takes it from the x that is quantised, and not from one before its rounding."""
-    return tensor_scale_op(x, smooth)
-
-
 def _quantize_per_tensor(weight: Tensor, rotation: int) -> tuple[Tensor, Tensor]:
     """int8 (N, K) and float32 (N,), one number."""
     if rotation != 0:
@@ -218,7 +211,7 @@ class Int8Linear(FrozenLinear):
                 bias = None if bias is None else F.pad(bias, around)
         scale = self.input_scale
         if self.scheme == "w8a8_tensor":
-            scale = _tensor_scale(x.detach(), self.smooth)
+            scale = tensor_scale_op(x.detach(), self.smooth)
         q, s = quantize_per_token(
             x if x.dim() > 1 else x[None],
             rotation=self._rotation,
