@@ -5,6 +5,7 @@
 
 #include "core/backend.hpp"
 #include "core/error.hpp"
+#include "core/settled_weights.hpp"
 #include "cpu/thread_pool.hpp"
 #include "fastq/fastq.h"
 #include "ops/dequantize.hpp"
@@ -84,6 +85,17 @@ fastq_status fastq_get_num_threads(int32_t* num_threads) {
   return guarded([&] {
     required(num_threads, "get_num_threads: num_threads");
     *num_threads = fastq::cpu::get_num_threads();
+  });
+}
+
+fastq_status fastq_set_settled_weights(int32_t are_settled) {
+  return guarded([&] { fastq::weights_are_settled = are_settled != 0; });
+}
+
+fastq_status fastq_get_settled_weights(int32_t* are_settled) {
+  return guarded([&] {
+    required(are_settled, "get_settled_weights: are_settled");
+    *are_settled = fastq::weights_are_settled;
   });
 }
 

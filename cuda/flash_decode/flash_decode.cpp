@@ -5,6 +5,7 @@
 
 #include "core/error.hpp"
 #include "core/integers.hpp"
+#include "core/settled_weights.hpp"
 #include "flash_decode/flash_decode_kernels.hpp"
 #include "runtime/dependent_launch.cuh"
 #include "runtime/device.hpp"
@@ -96,6 +97,7 @@ Plan make_plan(const FlashDecodeProblem& p, const FlashDecodeKernel& kernel) {
   while (p.cache.page_size > 1 << params.page_shift) ++params.page_shift;
   params.is_vectorizable = is_vectorizable(p);
   params.launches_dependent = launches_dependent[p.device_index];
+  params.starts_successor_early = weights_are_settled;
   const int blocks = device_props(p.device_index).sm_count * kernel.blocks_per_sm(p.device_index);
   params.at_a_time = cutlass::FastDivmod(blocks);
   // Measured: what a multiprocessor gains by another piece of work is less than its start costs

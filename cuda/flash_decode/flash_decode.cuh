@@ -323,8 +323,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     flash_decode_kernel(const __grid_constant__ FlashDecodeParams params) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
-  wait_for_predecessor();
-  let_successor_start();
+  wait_for_predecessor(params.starts_successor_early);
   DecodePiece mine;
   if (!mine.set(params, Traits::kBlockKeys)) return;
   // All registers are taken while keys are attended to.

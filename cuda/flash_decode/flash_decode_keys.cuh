@@ -266,7 +266,13 @@ class KeyLoader {
 #pragma unroll
     for (int i = 0; i < Traits::kKeys; i += kRowsAtATime) {
       const uint32_t reorder = swizzled<kBytes>(i * kBytes) - i * kBytes;
-      copy_async_16((to ^ reorder) + i * kBytes, from, is_read(i + lane() / kChunks) ? 16 : 0);
+      const int bytes = is_read(i + lane() / kChunks) ? 16 : 0;
+      // Of several tiles of rows each reads the same keys.
+      if (params_.tiles.divisor == 1) {
+        copy_async_16_once((to ^ reorder) + i * kBytes, from, bytes);
+      } else {
+        copy_async_16((to ^ reorder) + i * kBytes, from, bytes);
+      }
       from = moved(from, t, kRowsAtATime);
     }
   }

@@ -16,6 +16,9 @@
 //   width      the channels of a tile are a run-time number, up to those of the instance. For few
 //              tokens it is chosen so that every multiprocessor has the same share of the weight;
 //              the rest of the MMA computes on whatever lies in shared memory, and is dropped.
+//   ahead      a constant weight is brought while the kernels before this one still run, no faster
+//              than memory can, lest they wait long for their few bytes. Of few tokens' weight L2
+//              keeps nothing that it has other things to keep for: nobody reads it again.
 //   edges      TMA is slow where a box leaves the matrix. So the last tile begins as far back as it
 //              must to end with the matrix, and leaves to its neighbour what that one writes; a
 //              matrix that is smaller than a tile gets smaller boxes.
@@ -38,16 +41,25 @@
 #include "int8_gemm/int8_gemm_sm90_swapped_output.cuh"
 #include "int8_gemm/int8_gemm_sm90_swapped_tiles.cuh"
 #include "int8_gemm/int8_wgmma.cuh"
+#include "runtime/copy_async.cuh"
 #include "runtime/dependent_launch.cuh"
 #include "runtime/tma.hpp"
 
 namespace fastq::cuda {
 
+// Of this multiprocessor's clock; differences of less than 2^32 are right.
+__device__ inline uint32_t cycles() { return static_cast<uint32_t>(clock64()); }
+
+// Who reads what a block brings: itself and others that bring it for themselves; the two blocks of
+// a cluster, half of it from each; or nobody else.
+enum class Readers { kMany, kPair, kOne };
+
 // One thread of the first producer warp brings the channels, one of the second the tokens. The loop
 // is kept to a few instructions: its latency bounds how fast stages can follow each other.
-template <class Traits, bool kBringsB, bool kShares>
+template <class Traits, bool kBringsB, Readers kReaders>
 __device__ inline void swapped_produce(const SwappedParams& p, typename Traits::Shared& shared,
                                        const int8_t* stages) {
+  constexpr bool kShares = kReaders == Readers::kPair;
   const CUtensorMap* map = kBringsB ? &p.b : &p.a;
   const uint32_t bytes = (kBringsB ? p.box_n : p.box_m) * Traits::kTileK;
   const uint32_t stride = (kBringsB ? p.width : Traits::kTileM) * Traits::kBoxK;
@@ -57,12 +69,23 @@ __device__ inline void swapped_produce(const SwappedParams& p, typename Traits::
   SwappedTiles<Traits> tiles(p);
   const int part = kShares ? tiles.rank * ((kBringsB ? p.box_n : p.box_m) / Traits::kCluster) : 0;
   const uint32_t target = cute::cast_smem_ptr_to_uint(stages) + part * Traits::kBoxK;
+  [[maybe_unused]] const uint64_t first_to_go = kReaders == Readers::kOne ? evict_first() : 0;
+  [[maybe_unused]] const uint32_t begin = cycles();
+  [[maybe_unused]] int ahead = kReaders == Readers::kOne && p.b_is_constant ? p.stages : 0;
+  [[maybe_unused]] uint32_t due = 0;
   for (; tiles.has_tile(); tiles.next()) {
     const int2 box = tiles.box(tiles.origin());
     const int row = (kBringsB ? box.y : box.x) + part;
     const int last = tiles.last_k() * Traits::kTileK;
 #pragma unroll 1
     for (int k = tiles.first_k() * Traits::kTileK; k < last; k += Traits::kTileK, at.next()) {
+      if constexpr (kReaders == Readers::kOne) {
+        if (ahead > 0) {
+          while (cycles() - begin < due && !shared.turn.test_wait(0)) continue;
+          due += p.pace;
+          --ahead;
+        }
+      }
       shared.empty[at.stage].wait(at.phase);
       const uint32_t barrier = full + 8 * at.stage;
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier),
@@ -71,12 +94,18 @@ __device__ inline void swapped_produce(const SwappedParams& p, typename Traits::
 #pragma unroll
       for (int i = 0; i < Traits::kBoxes; ++i) {
         const uint32_t box = target + (at.stage * Traits::kBoxes + i) * stride;
-        if constexpr (kShares) {
+        if constexpr (kReaders == Readers::kPair) {
           asm volatile(
               "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
               ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(box),
               "l"(map), "r"(k + i * Traits::kBoxK), "r"(row), "r"(barrier),
               "h"(static_cast<uint16_t>((1 << Traits::kCluster) - 1))
+              : "memory");
+        } else if constexpr (kReaders == Readers::kOne) {
+          asm volatile(
+              "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+              ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(box),
+              "l"(map), "r"(k + i * Traits::kBoxK), "r"(row), "r"(barrier), "l"(first_to_go)
               : "memory");
         } else {
           asm volatile(
@@ -112,6 +141,7 @@ __device__ inline void swapped_accumulate(const SwappedParams& p, typename Trait
       if (thread % 128 == 0) shared.empty[stage].arrive();
     }
   };
+  uint32_t others[std::max(Traits::kChains - 1, 1)][Traits::kTileM / 2];
   int previous = 0;
   bool accumulate = false;
 #pragma unroll 1
@@ -119,6 +149,7 @@ __device__ inline void swapped_accumulate(const SwappedParams& p, typename Trait
     const int stage = __shfl_sync(0xffffffffu, at.stage, 0);
     shared.full[at.stage].wait(at.phase);
     wgmma_fence(sums);
+    if constexpr (Traits::kChains > 1) wgmma_fence(others);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int i = 0; i < Traits::kBoxes; ++i) {
@@ -129,10 +160,12 @@ __device__ inline void swapped_accumulate(const SwappedParams& p, typename Trait
       for (int j = 0; j < Traits::kBoxK / kWgmmaK; ++j) {
 #pragma unroll
         for (int block = 0; block < Traits::kBlocks; ++block) {
+          const int chain = j % Traits::kChains;
           wgmma<Wgmma>(b + wgmma_offset(block * Traits::kBlockStride) + j * kWgmmaStepK,
-                       a + j * kWgmmaStepK, sums[block], accumulate);
+                       a + j * kWgmmaStepK, chain == 0 ? sums[block] : others[chain - 1],
+                       accumulate);
         }
-        accumulate = true;
+        if (j + 1 >= Traits::kChains) accumulate = true;
       }
     }
     cute::warpgroup_commit_batch();
@@ -146,6 +179,14 @@ __device__ inline void swapped_accumulate(const SwappedParams& p, typename Trait
   all_issued();
   cute::warpgroup_wait<0>();
   wgmma_fence(sums);
+  if constexpr (Traits::kChains > 1) {
+    wgmma_fence(others);
+#pragma unroll
+    for (const auto& chain : others) {
+#pragma unroll
+      for (int i = 0; i < Traits::kTileM / 2; ++i) sums[0][i] += chain[i];
+    }
+  }
   release(previous);
 }
 
@@ -281,6 +322,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kIsNarrow ? 2 : 1)
       shared.full[i].init(2);  // the two producers
       shared.empty[i].init(Traits::kPerTile * Traits::kCluster);
     }
+    shared.turn.init(1);
     shared.found.init(1);
     for (int i = 0; i < Traits::kConsumers / 128; ++i) {
       for (int half = 0; half < 2; ++half) {
@@ -300,20 +342,23 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kIsNarrow ? 2 : 1)
   if (threadIdx.x / 32 != Traits::kConsumers / 32 || !p.b_is_constant) {
     wait_for_predecessor();
     let_successor_start();
+    if (threadIdx.x == 0) shared.turn.arrive();
   }
 
   if (threadIdx.x >= Traits::kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - Traits::kConsumers / 32;
     if (warp < 2 && cute::elect_one_sync()) {
-      constexpr bool kShares = Traits::kCluster > 1;
-      const bool shares = kShares && (warp == 0) != p.cluster_n;
-      if (warp == 0) {
-        shares ? swapped_produce<Traits, true, kShares>(p, shared, stages_b)
-               : swapped_produce<Traits, true, false>(p, shared, stages_b);
+      constexpr Readers kPair = Traits::kCluster > 1 ? Readers::kPair : Readers::kMany;
+      const bool shares = (warp == 0) != p.cluster_n;  // where there are clusters
+      if (warp != 0) {
+        shares ? swapped_produce<Traits, false, kPair>(p, shared, stages_a)
+               : swapped_produce<Traits, false, Readers::kMany>(p, shared, stages_a);
+      } else if (Traits::kCluster == 1 && p.b_is_read_once) {
+        swapped_produce<Traits, true, Readers::kOne>(p, shared, stages_b);
       } else {
-        shares ? swapped_produce<Traits, false, kShares>(p, shared, stages_a)
-               : swapped_produce<Traits, false, false>(p, shared, stages_a);
+        shares ? swapped_produce<Traits, true, kPair>(p, shared, stages_b)
+               : swapped_produce<Traits, true, Readers::kMany>(p, shared, stages_b);
       }
     }
     if (threadIdx.x % 128 >= 64 && p.output.outliers.split.masks != nullptr) {
@@ -332,6 +377,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kIsNarrow ? 2 : 1)
   if constexpr (Traits::kCluster > 1) cute::cluster_sync();
 }
 
+// How fast a constant weight is brought ahead, of what memory can: measured on an H200, in steps of
+// decoding. Faster, and the kernels between two products wait longer for what they read.
+constexpr double kPace = 0.83;
+
 template <int kTokens, int kWarpgroups, bool kPingpong>
 struct Sm90SwappedGemm {
   using Traits = SwappedTraits<kTokens, kWarpgroups, kPingpong>;
@@ -348,7 +397,7 @@ struct Sm90SwappedGemm {
     const Int8GemmProblem& p = *launch.problem;
     const GemmConfig& c = *launch.config;
     const int width = c.width > 0 ? c.width : Traits::kTileN;
-    SwappedParams params;
+    SwappedParams params{};
     // A box that two blocks bring has a fixed size.
     const int cluster_n = c.cluster_n ? kCluster : 1, cluster_m = kCluster / cluster_n;
     params.cluster_n = c.cluster_n;
@@ -368,6 +417,7 @@ struct Sm90SwappedGemm {
     params.stages = Traits::stages(width, c.blocks_per_sm, has_outliers);
     params.split_k = c.split_k;
     params.b_is_constant = launch.b_is_constant;
+    params.b_is_read_once = params.tiles_m == 1 && kCluster == 1;
     params.output = output_params(p);
 
     const int64_t tiles = int64_t{params.tiles_m} * params.tiles_n;
@@ -376,6 +426,11 @@ struct Sm90SwappedGemm {
     cudaLaunchConfig_t config{};
     config.gridDim =
         static_cast<unsigned>((c.split_k > 1 ? tiles : std::min(tiles, resident)) * cluster);
+    if (params.b_is_constant && params.b_is_read_once) {
+      const double bytes = static_cast<double>(config.gridDim.x) * params.box_n * Traits::kTileK;
+      const double least = kPace * launch.device->memory_bytes_per_cycle;
+      params.pace = least > 0 ? static_cast<int>(bytes / least) : 0;
+    }
     config.blockDim = Traits::kThreads;
     config.dynamicSmemBytes =
         params.stages * Traits::stage_bytes(width) + Traits::shared_bytes(has_outliers);

@@ -24,6 +24,8 @@ struct SwappedParams {
   int k_tiles, stages;
   int split_k;
   bool b_is_constant;  // the kernel before this one does not write it
+  bool b_is_read_once;
+  int pace;  // cycles between stages of a constant b, until this kernel's turn has come
   OutputParams output;
 };
 
@@ -64,6 +66,9 @@ struct SwappedTraits {
   static constexpr int kTurns = kBlocks * ((kTokens + kLines - 1) / kLines);
   static constexpr int kLineBuffers = kTurns > 1 ? 2 : 1;
 
+  // Where a product takes less time than the one before it to end, several sums take turns.
+  static constexpr int kChains = kTokens <= 16 && kWarpgroups == 1 ? 4 : 1;
+
   // The sums of a warpgroup: for every 64 channels, WGMMA's kTokens / 2 registers a thread.
   using Sums = uint32_t[kBlocks][kTokens / 2];
 
@@ -87,6 +92,7 @@ struct SwappedTraits {
     alignas(16) float scales[kWarpgroups][kTokens];  // theirs alone
     cutlass::arch::ClusterTransactionBarrier full[kMaxStages];
     cutlass::arch::ClusterBarrier empty[kMaxStages];
+    cutlass::arch::ClusterBarrier turn;  // of this kernel: what came before it has finished
     // The outliers' columns are found; a warpgroup's staging may take their elements, and has some.
     cutlass::arch::ClusterBarrier found, drained[kWarpgroups][2], filled[kWarpgroups][2];
     uint32_t phases[kWarpgroups];  // of `filled`, a bit for each half

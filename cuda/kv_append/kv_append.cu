@@ -13,6 +13,7 @@
 
 #include "core/error.hpp"
 #include "core/integers.hpp"
+#include "core/settled_weights.hpp"
 #include "core/tensor.hpp"
 #include "quantize/row_scale.cuh"
 #include "runtime/dependent_launch.cuh"
@@ -27,6 +28,7 @@ constexpr int kThreads = 256;
 struct Params {
   KvAppendProblem problem;
   int page_shift;
+  bool starts_successor_early;
 };
 
 template <class T, int kCount>
@@ -194,8 +196,7 @@ struct Row {
 template <class Traits>
 __global__ void __launch_bounds__(kThreads) append_rows(const __grid_constant__ Params params) {
   using T = typename Traits::T;
-  wait_for_predecessor();
-  let_successor_start();
+  wait_for_predecessor(params.starts_successor_early);
   const KvAppendProblem& p = params.problem;
   const int heads = static_cast<int>(p.num_heads), heads_k = static_cast<int>(p.num_heads_k);
   const int head_dim = static_cast<int>(p.head_dim);
@@ -317,6 +318,7 @@ template <class T>
 void launch(const KvAppendProblem& p) {
   Params params{};
   params.problem = p;
+  params.starts_successor_early = weights_are_settled;
   while (p.cache.page_size > 1 << params.page_shift) ++params.page_shift;
   const Kernel* kernel = kernels<T>().data();
   while (p.head_dim > kernel->head_dim || (kernel->vector > 1 && !is_aligned(p, kernel->vector))) {

@@ -17,7 +17,7 @@ namespace {
 // common one, and costs each block of the product the reading.
 constexpr int64_t kMaskWords = 512;
 // Up to as many, a block of the product gathers the outliers of its own tiles.
-constexpr int64_t kFewTokens = 64;
+constexpr int64_t kFewTokens = 128;
 // A tile of the product may read as far behind the last row or column.
 constexpr int64_t kBehind = 256;
 

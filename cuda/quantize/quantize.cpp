@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/integers.hpp"
+#include "core/settled_weights.hpp"
 #include "quantize/quantize_kernels.hpp"
 #include "runtime/dependent_launch.cuh"
 #include "runtime/device.hpp"
@@ -174,8 +175,12 @@ void launch(const QuantizeProblem& p) {
   const int64_t all = kernel.in_registers > 0 ? 0 : ceil_div(p.cols, step) * step;
   const int64_t most = held_bytes(device) / static_cast<int64_t>(sizeof(float)) / step * step;
   const bool is_usual = p.zero_point == nullptr && !p.is_static;
-  QuantizeParams params{p, vectors, is_usual ? vectors : 0, static_cast<int>(std::min(all, most)),
-                        1 / static_cast<float>(std::max<int64_t>(p.cols, 1))};
+  QuantizeParams params{p,
+                        vectors,
+                        is_usual ? vectors : 0,
+                        static_cast<int>(std::min(all, most)),
+                        1 / static_cast<float>(std::max<int64_t>(p.cols, 1)),
+                        weights_are_settled};
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(p.rows * blocks);
   config.blockDim = static_cast<unsigned>(threads);

@@ -22,6 +22,7 @@ struct QuantizeParams {
   int usual_vectors;  // the same of usual rows, and 0 of others
   int held;           // columns in shared memory, a multiple of what a block reads at once
   float inverse_cols;
+  bool starts_successor_early;
 };
 
 struct QuantizeKernel {

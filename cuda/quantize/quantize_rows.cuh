@@ -243,8 +243,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kResidentBlocks)
     quantize_rows(const __grid_constant__ QuantizeParams params) {
   extern __shared__ __align__(16) float held[];
-  wait_for_predecessor();
-  let_successor_start();
+  wait_for_predecessor(params.starts_successor_early);
   if constexpr (Traits::kInRegisters > 0) {
     const RowBlocks blocks;
     quantize_held_row<Traits>(params, blocks);

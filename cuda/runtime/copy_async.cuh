@@ -5,10 +5,23 @@
 
 namespace fastq::cuda {
 
+// A policy for what nobody reads again: L2 gives it up first, not what somebody does.
+__device__ inline uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0;\n" : "=l"(policy));
+  return policy;
+}
+
 // 16 bytes from global to shared memory, of which those past `bytes` are zeros.
 __device__ inline void copy_async_16(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
                "r"(bytes));
+}
+
+// The same of what nobody reads again.
+__device__ inline void copy_async_16_once(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\n" ::"r"(shared),
+               "l"(global), "r"(bytes), "l"(evict_first()));
 }
 
 // 16 bytes from global to shared memory, or 16 zeros.

@@ -7,6 +7,10 @@
 // the quantisation start at once: that touches nothing before it has waited.) A launch without the
 // attribute waits for everything, as ever. Code compiled for less than kDependentLaunchArch cannot
 // wait, so it must be launched without, wherever it runs.
+//
+// Where weights are settled (core/settled_weights.hpp), the small kernels between two products let
+// their successors start at once: so the second product reads its weight ahead while the first one
+// still runs. Whatever they write is waited for as before, one kernel by the next.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -33,6 +37,13 @@ __device__ inline void let_successor_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Both; the successor may start before the turn of this kernel has come.
+__device__ inline void wait_for_predecessor(bool lets_successor_start_early) {
+  if (lets_successor_start_early) let_successor_start();
+  wait_for_predecessor();
+  let_successor_start();
 }
 
 }  // namespace fastq::cuda

@@ -1,5 +1,6 @@
 #include "runtime/device.hpp"
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <mutex>
@@ -52,6 +53,9 @@ DeviceProps read_props(int device) {
   props.shared_memory_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   props.shared_memory_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   props.l2_bytes = attribute(cudaDevAttrL2CacheSize);
+  const double bus_bytes = attribute(cudaDevAttrGlobalMemoryBusWidth) / 8.0;
+  props.memory_bytes_per_cycle = 2 * bus_bytes * attribute(cudaDevAttrMemoryClockRate) /
+                                 std::max(attribute(cudaDevAttrClockRate), 1);
   cudaDeviceProp full;
   check(cudaGetDeviceProperties(&full, device), "reading the device properties");
   props.name = full.name;

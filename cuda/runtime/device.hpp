@@ -18,6 +18,7 @@ struct DeviceProps {
   int shared_memory_per_block = 0;  // the most a block may opt in to, bytes
   int shared_memory_per_sm = 0;
   int l2_bytes = 0;
+  double memory_bytes_per_cycle = 0;  // of a multiprocessor's clock, all multiprocessors together
   std::string name;
   int index = 0;
 };

@@ -19,6 +19,7 @@ from .ops import (  # noqa: E402
     int8_gemm,
     pack_weight,
     set_num_threads,
+    settled_weights,
 )
 from .quantization import quantize  # noqa: E402
 from .quantize_ops import (  # noqa: E402
@@ -55,5 +56,6 @@ __all__ = [
     "rms_norm_quant",
     "save_quantized",
     "set_num_threads",
+    "settled_weights",
     "silu_mul_quant",
 ]

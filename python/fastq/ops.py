@@ -8,7 +8,8 @@ call the op. Scales are float32 multipliers: ``x ~ q * s``.
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -183,7 +184,7 @@ def int8_gemm(
             (SmoothQuant O3). In that output -128 stands for NaN, and for nothing else.
         b_is_constant: a promise that no work which the current CUDA stream has still to do writes
             b, or that a call of fastq follows that work there, such as :func:`quantize_per_token`
-            of at least one element.
+            of at least one element; within :func:`settled_weights`, what that says.
             b is then read while the kernel before this one still runs (programmatic dependent
             launch), with few tokens a good part of the time. The bits stay the same.
         out_dtype: bfloat16 (the default), float16, float32, or int8 (the default with out_scale);
@@ -320,6 +321,24 @@ def dequantize(
 def describe() -> dict[str, Any]:
     """What the library was built with and what it finds; touches the CUDA driver."""
     return json.loads(_core.describe())
+
+
+@contextmanager
+def settled_weights() -> Iterator[None]:
+    """A promise for this thread's calls in a ``with``: when the first has its turn in its stream,
+    whatever wrote a weight that some of them call constant (``b_is_constant``, ``w_is_constant``)
+    has finished, and none of them writes one.
+
+    A model's step keeps it where some kernel of torch's comes first, such as the embedding's. On
+    Hopper the small kernels between two products then let their successor start before they
+    themselves have waited, so that a product's weight is read while several kernels before it still
+    run. The bits stay the same; on a CPU nothing changes. A CUDA graph has what its capture had.
+    """
+    before = _core.set_settled_weights(True)
+    try:
+        yield
+    finally:
+        _core.set_settled_weights(before)
 
 
 def set_num_threads(num_threads: int) -> None:

@@ -22,6 +22,12 @@ PYBIND11_MODULE(_core, module) {
     fp::check(fastq_get_num_threads(&num_threads));
     return num_threads;
   });
+  module.def("set_settled_weights", [](bool are_settled) {
+    int32_t before = 0;
+    fp::check(fastq_get_settled_weights(&before));
+    fp::check(fastq_set_settled_weights(are_settled));
+    return before != 0;
+  });
   module.def("set_mode_probes", &fp::set_mode_probes);
   module.def("is_direct", [](const py::args& tensors) {
     std::vector<py::handle> handles(tensors.begin(), tensors.end());

@@ -79,6 +79,15 @@ FASTQ_API fastq_status fastq_describe(const char** json);
 FASTQ_API fastq_status fastq_set_num_threads(int32_t num_threads);
 FASTQ_API fastq_status fastq_get_num_threads(int32_t* num_threads);
 
+/* Not 0: a promise for this thread's calls from here on, till it is taken back by 0 (the default):
+ * when the first of them has its turn in its stream, whatever wrote a weight that some of them say
+ * b_is_constant of has finished, and none of them writes one. On Hopper the small kernels between
+ * two products (quantisation, norms, decoding attention) then let their successor start before
+ * they themselves have waited, so that a product's weight is read while several kernels before it
+ * still run. No effect on the bits, none on the CPU. */
+FASTQ_API fastq_status fastq_set_settled_weights(int32_t are_settled);
+FASTQ_API fastq_status fastq_get_settled_weights(int32_t* are_settled);
+
 /* ---- int8_gemm -------------------------------------------------------------------------------
  * acc      = sum_k a[m,k] * b[k,n]  - zero_point[m] * b.column_sums[n]
  * y        = (f32(acc) * scale_a[m]) * scale_b[n]  + bias[n]
@@ -145,7 +154,8 @@ typedef struct fastq_int8_gemm_args {
   fastq_tensor out_scale;  /* float32, one element; present exactly when out is int8 */
   int32_t activation;      /* fastq_activation */
   int32_t b_is_constant; /* not 0: no work that the stream has still to do writes b's data, or some
-                            does, but a fastq call with work follows it. CUDA may then read b before
+                            does, but a fastq call with work follows it (where weights are settled:
+                            as fastq_set_settled_weights says). CUDA may then read b before
                             the call's turn in the stream, while the kernel before it still runs
                             (programmatic dependent launch); with few tokens that is a good part
                             of the time. No effect on the bits, none on the CPU */

@@ -348,6 +348,21 @@ inline int get_num_threads() {
 
 inline void set_num_threads(int num_threads) { check(fastq_set_num_threads(num_threads)); }
 
+// The promise of fastq_set_settled_weights, for a scope.
+class SettledWeights {
+ public:
+  SettledWeights() {
+    check(fastq_get_settled_weights(&before_));
+    check(fastq_set_settled_weights(1));
+  }
+  ~SettledWeights() { fastq_set_settled_weights(before_); }
+  SettledWeights(const SettledWeights&) = delete;
+  SettledWeights& operator=(const SettledWeights&) = delete;
+
+ private:
+  int32_t before_ = 0;
+};
+
 inline std::string describe() {
   const char* json = nullptr;
   check(fastq_describe(&json));

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import settled_weights
 from .attention import has_kernel
 from .kv_cache import KVCache
 from .model import CausalLM, DecoderLayer, check_room
@@ -104,7 +105,8 @@ class DecodeStep:
         return self._logits
 
     def _step(self) -> Tensor:
-        return self._model(self._ids, self._cache, last_only=True)[:, -1]
+        with settled_weights():  # the embedding's kernel comes after whatever wrote a weight
+            return self._model(self._ids, self._cache, last_only=True)[:, -1]
 
     def _capture(self) -> None:
         """Records a step, which runs nothing: but the host has counted a token, so it is taken
