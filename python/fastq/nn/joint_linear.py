@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..llm_int8 import llm_int8_matmul
 from ..ops import PackedWeight, int8_gemm, pack_weight
 from .int8_linear import Int8Linear
-from .outlier_linear import OutlierLinear, padded_rows
+from .outlier_linear import OutlierLinear, outlier_product, padded_rows
 
 
 class JointLinear:
@@ -171,17 +170,7 @@ class JointOutlierLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(..., N)`` in the dtype of x, ``(..., M, K)`` float32, float16 or bfloat16."""
-        # Constant for the product: x is quantised between it and whatever wrote the weight.
-        return llm_int8_matmul(
-            x,
-            self.weight,
-            self.weight_scale,
-            threshold=self.threshold,
-            bias=self.bias,
-            outlier_columns=self.outlier_columns,
-            outlier_weight=self.outlier_weight,
-            w_is_constant=True,
-        )
+        return outlier_product(x, self)
 
 
 def why_not_joint_outliers(linears: dict[str, Any]) -> str | None:

@@ -39,6 +39,21 @@ def check_threshold(module: str, threshold: Any) -> float:
     return float(threshold)
 
 
+def outlier_product(x: Tensor, layer: Any) -> Tensor:
+    """x ``(..., M, K)`` by the weight of an OutlierLinear, or of several joined."""
+    return llm_int8_matmul(
+        x,
+        layer.weight,
+        layer.weight_scale,
+        threshold=layer.threshold,
+        bias=layer.bias,
+        outlier_columns=layer.outlier_columns,
+        outlier_weight=layer.outlier_weight,
+        # Constant for the product: x is quantised between it and whatever wrote the weight.
+        w_is_constant=True,
+    )
+
+
 class OutlierLinear(FrozenLinear):
     """``nn.Linear`` by LLM.int8(): W8A8, but for activations of magnitude ``threshold`` or more.
 
@@ -164,17 +179,7 @@ class OutlierLinear(FrozenLinear):
         )
 
     def _product(self, x: Tensor) -> Tensor:
-        # Constant for the product: x is quantised between it and whatever wrote the weight.
-        y = llm_int8_matmul(
-            x if x.dim() > 1 else x[None],
-            self.weight,
-            self.weight_scale,
-            threshold=self.threshold,
-            bias=self.bias,
-            outlier_columns=self.outlier_columns,
-            outlier_weight=self.outlier_weight,
-            w_is_constant=True,
-        )
+        y = outlier_product(x if x.dim() > 1 else x[None], self)
         return y if x.dim() > 1 else y[0]
 
     def _checked_columns(self, columns: Tensor | Sequence[int]) -> Tensor:
