@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import settled_weights
 from .attention import has_kernel
 from .kv_cache import KVCache
 from .model import CausalLM, DecoderLayer, check_room
@@ -105,6 +104,8 @@ class DecodeStep:
         return self._logits
 
     def _step(self) -> Tensor:
+        from ..ops import settled_weights  # here: `runtime` may be imported by itself
+
         with settled_weights():  # the embedding's kernel comes after whatever wrote a weight
             return self._model(self._ids, self._cache, last_only=True)[:, -1]
 
