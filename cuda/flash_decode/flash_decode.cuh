@@ -318,12 +318,43 @@ __device__ inline void attend(const FlashDecodeParams& params,
   copy_async_wait<0>();
 }
 
+// Before the turn of the kernel has come: a short cache goes to L2, a row of keys and one of values
+// by a thread. Nothing that is read here is used, so lengths and rows may still change.
+template <class Traits>
+__device__ inline void bring_to_l2(const FlashDecodeParams& params) {
+#if __CUDA_ARCH__ >= 900
+  const FlashDecodeProblem& p = params.problem;
+  if (p.cache.page_size != 0 || !params.is_vectorizable || params.waves > 1) return;
+  const int sequences = static_cast<int>(p.batch), heads_k = static_cast<int>(p.num_heads_k);
+  const int batch = blockIdx.x % sequences;
+  const int row = blockIdx.x / sequences * Traits::kThreads + threadIdx.x;
+  const int key = row / heads_k, head_k = row - key * heads_k;
+  int length;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n"
+               : "=r"(length)
+               : "l"(p.cache.seqlens + batch * p.cache.stride_seqlens));
+  if (key >= min(length, static_cast<int>(p.cache.capacity))) return;
+  const int bytes = static_cast<int>(p.head_dim * sizeof(typename Traits::Element));
+  for (const AttentionTensor* t : {&p.cache.k, &p.cache.v}) {
+    const auto* const from = static_cast<const typename Traits::Element*>(t->data) +
+                             batch * t->stride_batch + key * t->stride_seqlen +
+                             head_k * t->stride_head;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(from), "r"(bytes));
+  }
+#endif
+}
+
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     flash_decode_kernel(const __grid_constant__ FlashDecodeParams params) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
-  wait_for_predecessor(params.starts_successor_early);
+  if (params.starts_successor_early) {
+    let_successor_start();
+    bring_to_l2<Traits>(params);
+  }
+  wait_for_predecessor();
+  let_successor_start();
   DecodePiece mine;
   if (!mine.set(params, Traits::kBlockKeys)) return;
   // All registers are taken while keys are attended to.
