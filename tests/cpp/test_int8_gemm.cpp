@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/isa.hpp"
@@ -269,7 +270,33 @@ void test_older_structs() {
 
 }  // namespace
 
+// The promise is a thread's and a scope's.
+void test_settled_weights() {
+  const auto expect_promise = [](int32_t expected) {
+    int32_t are_settled = -1;
+    fastq::check(fastq_get_settled_weights(&are_settled));
+    if (are_settled == expected) return;
+    ++failures;
+    std::printf("settled weights: %d, expected %d\n", are_settled, expected);
+  };
+  expect_promise(0);
+  {
+    const fastq::SettledWeights outer;
+    {
+      const fastq::SettledWeights inner;
+    }
+    expect_promise(1);
+    std::thread([&] { expect_promise(0); }).join();
+  }
+  expect_promise(0);
+  if (fastq_get_settled_weights(nullptr) != FASTQ_INVALID_VALUE) {
+    ++failures;
+    std::printf("settled weights: null is taken\n");
+  }
+}
+
 int main() try {
+  test_settled_weights();
   for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx, Isa::kNeon}) {
     const std::string name = fastq::cpu::isa_name(isa);
     if (!fastq::cpu::isa_supported(isa)) {
