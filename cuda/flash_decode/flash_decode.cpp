@@ -97,7 +97,7 @@ Plan make_plan(const FlashDecodeProblem& p, const FlashDecodeKernel& kernel) {
   while (p.cache.page_size > 1 << params.page_shift) ++params.page_shift;
   params.is_vectorizable = is_vectorizable(p);
   params.launches_dependent = launches_dependent[p.device_index];
-  params.starts_successor_early = weights_are_settled;
+  params.is_settled = weights_are_settled;
   const int blocks = device_props(p.device_index).sm_count * kernel.blocks_per_sm(p.device_index);
   params.at_a_time = cutlass::FastDivmod(blocks);
   // Measured: what a multiprocessor gains by another piece of work is less than its start costs

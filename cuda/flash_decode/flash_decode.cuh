@@ -250,8 +250,18 @@ __device__ inline void attend(const FlashDecodeParams& params,
   // No key is read that no query attends to.
   KeyLoader<Traits> loader(params, tile.batch, head_k, tile.first_key_of_all(params),
                            tile.last_key_of_all(params), key, shared);
+  int stage = 0;
+  if (params.is_settled) {  // the keys that are there before the turn of the kernel has come
+    const int old = tile.seqlen_k - tile.seqlen_q - begin * Traits::kBlockKeys;
 #pragma unroll 1
-  for (int stage = 0; stage < kStages - 1; ++stage) {
+    for (; stage < min(kStages - 1, count) && old >= (stage + 1) * Traits::kBlockKeys; ++stage) {
+      loader.load(stage);
+      copy_async_commit();
+    }
+    wait_for_predecessor();
+  }
+#pragma unroll 1
+  for (; stage < kStages - 1; ++stage) {
     if (stage < count) loader.load(stage);
     copy_async_commit();
   }
@@ -262,8 +272,9 @@ __device__ inline void attend(const FlashDecodeParams& params,
   // Keys that all queries attend to.
   const int whole_begin = tile.first_key(tile.last_query(params));
   const int whole_end = tile.last_key(tile.query(params, 0)) - Traits::kKeys;
+  stage = 0;
 #pragma unroll 1
-  for (int left = count, stage = 0; left > 0; --left, key += Traits::kBlockKeys) {
+  for (int left = count; left > 0; --left, key += Traits::kBlockKeys) {
     copy_async_wait<kStages - 2>();
     __syncwarp();  // all lanes' copies have arrived, and the stage before has been read
     if (left > kStages - 1) loader.load(stage == 0 ? kStages - 1 : stage - 1);
@@ -318,42 +329,12 @@ __device__ inline void attend(const FlashDecodeParams& params,
   copy_async_wait<0>();
 }
 
-// Before the turn of the kernel has come: a short cache goes to L2, a row of keys and one of values
-// by a thread. Nothing that is read here is used, so lengths and rows may still change.
-template <class Traits>
-__device__ inline void bring_to_l2(const FlashDecodeParams& params) {
-#if __CUDA_ARCH__ >= 900
-  const FlashDecodeProblem& p = params.problem;
-  if (p.cache.page_size != 0 || !params.is_vectorizable || params.waves > 1) return;
-  const int sequences = static_cast<int>(p.batch), heads_k = static_cast<int>(p.num_heads_k);
-  const int batch = blockIdx.x % sequences;
-  const int row = blockIdx.x / sequences * Traits::kThreads + threadIdx.x;
-  const int key = row / heads_k, head_k = row - key * heads_k;
-  int length;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n"
-               : "=r"(length)
-               : "l"(p.cache.seqlens + batch * p.cache.stride_seqlens));
-  if (key >= min(length, static_cast<int>(p.cache.capacity))) return;
-  const int bytes = static_cast<int>(p.head_dim * sizeof(typename Traits::Element));
-  for (const AttentionTensor* t : {&p.cache.k, &p.cache.v}) {
-    const auto* const from = static_cast<const typename Traits::Element*>(t->data) +
-                             batch * t->stride_batch + key * t->stride_seqlen +
-                             head_k * t->stride_head;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(from), "r"(bytes));
-  }
-#endif
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     flash_decode_kernel(const __grid_constant__ FlashDecodeParams params) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
-  if (params.starts_successor_early) {
-    let_successor_start();
-    bring_to_l2<Traits>(params);
-  }
-  wait_for_predecessor();
+  if (!params.is_settled) wait_for_predecessor();  // otherwise before the first query is read
   let_successor_start();
   DecodePiece mine;
   if (!mine.set(params, Traits::kBlockKeys)) return;

@@ -73,7 +73,7 @@ struct PartialSum {
 template <class T, int kWarpsOfRow>
 __global__ void __launch_bounds__(kThreads)
     combine(const __grid_constant__ FlashDecodeParams params) {
-  wait_for_predecessor(params.starts_successor_early);
+  wait_for_predecessor(params.is_settled);
   const FlashDecodeProblem& p = params.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int heads_k = static_cast<int>(p.num_heads_k);

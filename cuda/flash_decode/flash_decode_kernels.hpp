@@ -24,7 +24,7 @@ struct FlashDecodeParams {
   int columns;
   int page_shift;        // log2(page_size)
   bool is_vectorizable;  // rows of the cache begin at multiples of 16 bytes
-  bool launches_dependent, starts_successor_early;
+  bool launches_dependent, is_settled;  // core/settled_weights.hpp
   cutlass::FastDivmod at_a_time;  // blocks of threads that the device holds
   int waves;                      // of them: 1 or kDecodeWaves
   // Where a tile is divided among blocks of threads, its parts: of each block of threads two,

@@ -3,6 +3,8 @@
 // A tile is some rows of a sequence and a key head, and its work the blocks of keys that they
 // attend to. All tiles' blocks stand in one line, by sequence, tile of rows and key head, and each
 // block of threads takes a piece of the line, whatever the lengths, which only the device knows.
+// To begin and to end a tile takes about as long as two blocks of keys: so where that takes no
+// longer pieces, every tile begins with a piece of its own.
 //
 // Multiprocessors are not equally fast. So a long line is taken in four waves: as many pieces as
 // there can be at a time share three quarters of it, then as many an eighth, and so on, and whoever
@@ -69,15 +71,17 @@ struct DecodePlace {
 // The line of all work, and the pieces of it. Lanes take tiles 32 at a time.
 struct DecodeLine {
   int length;
+  int unit;                 // every tile has a multiple of so many places
   int sizes[kDecodeWaves];  // of a wave's pieces
 
   __device__ void set(const FlashDecodeParams& params, int block_keys) {
-    length = 0;
-    for (int first = 0; first < tiles(params); first += 32) {
-      first_32_ = blocks_of_lane(params, first, block_keys);
-      length += __reduce_add_sync(0xffffffffu, first_32_);
+    set_unit(params, block_keys, 1);
+    const int size = params.at_a_time.div(length + params.at_a_time.divisor - 1);
+    const int64_t fewest = int64_t{tiles(params)} * params.problem.num_heads_k;
+    if (params.waves == 1 && size > 1 && fewest <= params.at_a_time.divisor) {
+      set_unit(params, block_keys, size);
+      if (length > size * params.at_a_time.divisor) set_unit(params, block_keys, 1);
     }
-    length *= static_cast<int>(params.problem.num_heads_k);
     int left = length;
     const int each = params.at_a_time.div(length);
 #pragma unroll
@@ -118,13 +122,20 @@ struct DecodeLine {
     return block;
   }
 
+  // How many a tile has.
+  __device__ int places(const FlashDecodeParams& params, const DecodeTile& tile,
+                        int block_keys) const {
+    const int blocks = decode_blocks(params, tile, block_keys).count;
+    return (blocks + unit - 1) / unit * unit;
+  }
+
   // Place `at`, which is in the line.
   __device__ DecodePlace place(const FlashDecodeParams& params, int at, int block_keys) const {
     const int heads_k = static_cast<int>(params.problem.num_heads_k);
     int before = 0;
     for (int first = 0;; first += 32) {
       const int blocks =
-          tiles(params) <= 32 ? first_32_ : blocks_of_lane(params, first, block_keys);
+          tiles(params) <= 32 ? first_32_ : places_of_lane(params, first, block_keys);
       int end = blocks * heads_k;  // of this lane's tile
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {
@@ -153,10 +164,18 @@ struct DecodeLine {
   __device__ static int tiles(const FlashDecodeParams& params) {
     return static_cast<int>(params.problem.batch) * params.tiles.divisor;
   }
-  __device__ static int blocks_of_lane(const FlashDecodeParams& params, int first, int block_keys) {
+  __device__ void set_unit(const FlashDecodeParams& params, int block_keys, int its_unit) {
+    unit = its_unit;
+    length = 0;
+    for (int first = 0; first < tiles(params); first += 32) {
+      first_32_ = places_of_lane(params, first, block_keys);
+      length += __reduce_add_sync(0xffffffffu, first_32_);
+    }
+    length *= static_cast<int>(params.problem.num_heads_k);
+  }
+  __device__ int places_of_lane(const FlashDecodeParams& params, int first, int block_keys) const {
     const int index = first + static_cast<int>(threadIdx.x % 32);
-    if (index >= tiles(params)) return 0;
-    return decode_blocks(params, decode_tile(params, index), block_keys).count;
+    return index < tiles(params) ? places(params, decode_tile(params, index), block_keys) : 0;
   }
 
   int first_32_;
@@ -179,8 +198,7 @@ struct DecodePiece {
 
   // To the next tile.
   __device__ void move(const FlashDecodeParams& params, int block_keys) {
-    const DecodeTile tile = decode_tile(params, place.index);
-    at = place.start += decode_blocks(params, tile, block_keys).count;
+    at = place.start += line.places(params, decode_tile(params, place.index), block_keys);
     place.block = 0;
     if (++place.head_k == params.problem.num_heads_k) place.head_k = 0, ++place.index;
   }

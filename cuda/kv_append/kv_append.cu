@@ -28,7 +28,7 @@ constexpr int kThreads = 256;
 struct Params {
   KvAppendProblem problem;
   int page_shift;
-  bool starts_successor_early;
+  bool is_settled;  // core/settled_weights.hpp
 };
 
 template <class T, int kCount>
@@ -196,7 +196,9 @@ struct Row {
 template <class Traits>
 __global__ void __launch_bounds__(kThreads) append_rows(const __grid_constant__ Params params) {
   using T = typename Traits::T;
-  wait_for_predecessor(params.starts_successor_early);
+  // What is settled is read before the turn of the kernel has come.
+  if (!params.is_settled) wait_for_predecessor();
+  let_successor_start();
   const KvAppendProblem& p = params.problem;
   const int heads = static_cast<int>(p.num_heads), heads_k = static_cast<int>(p.num_heads_k);
   const int head_dim = static_cast<int>(p.head_dim);
@@ -211,35 +213,45 @@ __global__ void __launch_bounds__(kThreads) append_rows(const __grid_constant__ 
   };
   const Pairs<Traits> pairs(p);
   Row<Traits> rows[Traits::kRows] = {};
+  const auto load_rows = [&] {
 #pragma unroll
-  for (int i = 0; i < Traits::kRows; ++i) {
-    const int head = head_of(i);
-    if (head >= heads + 2 * heads_k) continue;
-    const T* const from = head < heads             ? row_of(p.q, head)
-                          : head < heads + heads_k ? row_of(p.k, head - heads)
-                                                   : row_of(p.v, head - heads - heads_k);
-    rows[i].load(pairs, from, head_dim);
-  }
+    for (int i = 0; i < Traits::kRows; ++i) {
+      const int head = head_of(i);
+      if (head >= heads + 2 * heads_k) continue;
+      const T* const from = head < heads             ? row_of(p.q, head)
+                            : head < heads + heads_k ? row_of(p.k, head - heads)
+                                                     : row_of(p.v, head - heads - heads_k);
+      rows[i].load(pairs, from, head_dim);
+    }
+  };
+  if (!params.is_settled) load_rows();
 
   const int length = p.cache.seqlens[batch * p.cache.stride_seqlens];
   const int token = length - static_cast<int>(p.seqlen_new) + row;
   const bool is_in_cache = token >= 0 && token < p.cache.capacity;
-  if (p.rotary_dim > 0 && token >= 0) {
+  const bool rotates = p.rotary_dim > 0 && token >= 0;
+  typename Pairs<Traits>::Table cosine, sine;
+  if (rotates) {
     const int position = min(token, static_cast<int>(p.max_seqlen) - 1);
-    typename Pairs<Traits>::Table cosine, sine;
     pairs.load_table(p.rotary_cos, position, cosine);
     pairs.load_table(p.rotary_sin, position, sine);
-#pragma unroll
-    for (int i = 0; i < Traits::kRows; ++i) {
-      if (head_of(i) >= heads + heads_k) continue;
-      rows[i].rotate(pairs, p.rotary_interleaved, cosine, sine);
-    }
   }
   int64_t page = batch;
   int at = token;
   if (p.cache.page_size != 0 && is_in_cache) {
     page = p.cache.block_table[batch * p.cache.stride_table + (token >> params.page_shift)];
     at = token & (p.cache.page_size - 1);
+  }
+  if (params.is_settled) {
+    wait_for_predecessor();
+    load_rows();
+  }
+  if (rotates) {
+#pragma unroll
+    for (int i = 0; i < Traits::kRows; ++i) {
+      if (head_of(i) >= heads + heads_k) continue;
+      rows[i].rotate(pairs, p.rotary_interleaved, cosine, sine);
+    }
   }
 #pragma unroll
   for (int i = 0; i < Traits::kRows; ++i) {
@@ -318,7 +330,7 @@ template <class T>
 void launch(const KvAppendProblem& p) {
   Params params{};
   params.problem = p;
-  params.starts_successor_early = weights_are_settled;
+  params.is_settled = weights_are_settled;
   while (p.cache.page_size > 1 << params.page_shift) ++params.page_shift;
   const Kernel* kernel = kernels<T>().data();
   while (p.head_dim > kernel->head_dim || (kernel->vector > 1 && !is_aligned(p, kernel->vector))) {
