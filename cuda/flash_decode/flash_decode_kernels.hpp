@@ -22,11 +22,11 @@ struct FlashDecodeParams {
   // r / group of head head_k * group + r % group. A tile has `columns` of them.
   cutlass::FastDivmod group, tiles;
   int columns;
-  int page_shift;        // log2(page_size)
-  bool is_vectorizable;  // rows of the cache begin at multiples of 16 bytes
+  int page_shift;                       // log2(page_size)
+  bool is_vectorizable;                 // rows of the cache begin at multiples of 16 bytes
   bool launches_dependent, is_settled;  // core/settled_weights.hpp
-  cutlass::FastDivmod at_a_time;  // blocks of threads that the device holds
-  int waves;                      // of them: 1 or kDecodeWaves
+  cutlass::FastDivmod at_a_time;        // blocks of threads that the device holds
+  int waves;                            // of them: 1 or kDecodeWaves
   // Where a tile is divided among blocks of threads, its parts: of each block of threads two,
   // (columns, padded head_dim) sums and (columns, 2) references and sums of exponentials.
   float* parts;

@@ -10,7 +10,8 @@
 //
 // Where weights are settled (core/settled_weights.hpp), the small kernels between two products let
 // their successors start at once: so the second product reads its weight ahead while the first one
-// still runs. Whatever they write is waited for as before, one kernel by the next.
+// still runs, and attention what is settled of its cache. Whatever they write is waited for as
+// before, one kernel by the next.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -325,14 +325,19 @@ def describe() -> dict[str, Any]:
 
 @contextmanager
 def settled_weights() -> Iterator[None]:
-    """A promise for this thread's calls in a ``with``: when the first has its turn in its stream,
-    whatever wrote a weight that some of them call constant (``b_is_constant``, ``w_is_constant``)
-    has finished, and none of them writes one.
+    """A promise for this thread's calls in a ``with``, which are those of one step: when the first
+    has its turn in its stream, whatever wrote what they call settled has finished, and nothing
+    writes that meanwhile. Settled are
+
+    - the weights that calls say are constant (``b_is_constant``, ``w_is_constant``);
+    - of :func:`kv_append` and :func:`flash_decode` the lengths, the block table, the tables of sines
+      and cosines, and the cache's tokens but the last seqlen_new or seqlen_q of each sequence.
 
     A model's step keeps it where some kernel of torch's comes first, such as the embedding's. On
     Hopper the small kernels between two products then let their successor start before they
-    themselves have waited, so that a product's weight is read while several kernels before it still
-    run. The bits stay the same; on a CPU nothing changes. A CUDA graph has what its capture had.
+    themselves have waited, so that a product's weight and the cache are read while several kernels
+    before still run. The bits stay the same; on a CPU nothing changes. A CUDA graph has what its
+    capture had.
     """
     before = _core.set_settled_weights(True)
     try:

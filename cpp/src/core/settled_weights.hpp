@@ -1,5 +1,5 @@
-// Whether this thread's calls may take every weight that is promised constant for one that no
-// unfinished work writes: fastq_set_settled_weights.
+// Whether no unfinished work writes what this thread's calls read of weights that are promised
+// constant, of lengths, and of a cache's tokens but the newest: fastq_set_settled_weights.
 #pragma once
 
 namespace fastq {
