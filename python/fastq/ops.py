@@ -330,8 +330,9 @@ def settled_weights() -> Iterator[None]:
     writes that meanwhile. Settled are
 
     - the weights that calls say are constant (``b_is_constant``, ``w_is_constant``);
-    - of :func:`kv_append` and :func:`flash_decode` the lengths, the block table, the tables of sines
-      and cosines, and the cache's tokens but the last seqlen_new or seqlen_q of each sequence.
+    - of :func:`kv_append` and :func:`flash_decode` the lengths, the block table, the tables of
+      sines and cosines, and the cache's tokens but the last seqlen_new or seqlen_q of each
+      sequence.
 
     A model's step keeps it where some kernel of torch's comes first, such as the embedding's. On
     Hopper the small kernels between two products then let their successor start before they

@@ -122,10 +122,7 @@ def test_attention_sees_the_tokens_just_appended(cache, lengths, seqlen):
     heads, heads_k, head_dim, capacity, layers = 8, 4, 128, 640, 6
     batch, width, page_size = len(lengths), (heads + 2 * heads_k) * head_dim, 64
     ups, downs = (
-        [
-            fastq.quantize_per_channel(torch.randn(n, k, device=cuda) / k**0.5)
-            for _ in range(layers)
-        ]
+        [fastq.quantize_per_channel(torch.randn(n, k, device=cuda) / k**0.5) for _ in range(layers)]
         for n, k in ((width, heads * head_dim), (heads * head_dim, heads * head_dim))
     )
     x = torch.randn(batch * seqlen, heads * head_dim, device=cuda, dtype=torch.float16)
