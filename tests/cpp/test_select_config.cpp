@@ -142,10 +142,22 @@ void tiles_fit_the_problem() {
     EXPECT(c.tile == tiles::swapped(tokens, 64) && c.width == 40, config_name(c));
   }
   // A constant weight has the largest ring to be read ahead into.
-  for (const int64_t N : {1024, 4096, 6144, 8192, 11008, 22016}) {
+  for (const int64_t N : {1024, 4096, 6144, 8192, 22016}) {
     GemmShape s = shape(16, N, 4096);
     s.b_is_constant = true;
     EXPECT(select_config(s, kH200, false).config.blocks_per_sm == 1, std::to_string(N));
+  }
+  // Or two of them, where a tile would be wide: without outliers.
+  for (const auto& [N, width] : {std::pair{11008, 48}, {12288, 48}, {15360, 64}, {16384, 64}}) {
+    for (const int M : {1, 8, 9, 16}) {
+      GemmShape s = shape(M, N, 4096);
+      s.b_is_constant = true;
+      const GemmConfig c = select_config(s, kH200, false).config;
+      EXPECT(c.tile == tiles::swapped(M <= 8 ? 8 : 16, 64), config_name(c));
+      EXPECT(c.width == width && c.blocks_per_sm == 2, config_name(c));
+      s.has_outliers = true;
+      EXPECT(select_config(s, kH200, false).config.blocks_per_sm == 1, std::to_string(N));
+    }
   }
   EXPECT(config(16, 6144, 4096, kH200).blocks_per_sm == 2, "another kernel settles in beside it");
   // The height of tiles follows M, so that a token more costs no whole wave of the largest; and an
