@@ -95,7 +95,8 @@ def op_bytes(op: Op, layer_cache: int, itemsize: int) -> int:
 
 def short(kernel: str) -> str:
     """A kernel's name without its namespaces, template arguments and parameters."""
-    text = kernel.removeprefix("void ").split("<")[0].split("(")[0]
+    name = kernel.removeprefix("void ").replace("(anonymous namespace)::", "")
+    text = name.split("<")[0].split("(")[0]
     return text.rsplit("::", 1)[-1] or kernel[:40]
 
 
