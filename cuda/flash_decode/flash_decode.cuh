@@ -9,7 +9,7 @@
 // queries. A warp takes 16 keys at a time, all on its own: cp.async brings them to a ring of its
 // own, a few turns ahead, and no warp waits for another till their sums are added. Blocks of
 // threads take equal pieces of all work (flash_decode_work.cuh); flash_decode_combine.cu adds what
-// they divided.
+// they divided, or on Hopper and after the blocks of a cluster.
 //
 // Of an int8 cache, scores are multiplied by k's scale after their sum, and exponentials by v's
 // before the product. The largest product is looked for, not the largest exponential: none is out
@@ -22,6 +22,7 @@
 #include <array>
 #include <type_traits>
 
+#include "flash_decode/flash_decode_cluster.cuh"
 #include "flash_decode/flash_decode_keys.cuh"
 #include "flash_decode/flash_decode_work.cuh"
 #include "runtime/dependent_launch.cuh"
@@ -200,22 +201,32 @@ __device__ inline void finish_tile(const FlashDecodeParams& params,
   const DecodePiece& piece = shared.piece;
   const DecodeTile tile = decode_tile(params, piece.place.index);
   const int blocks = decode_blocks(params, tile, Traits::kBlockKeys).count;
-  const int part = piece.part(blocks);
-  if (threadIdx.x == 0) piece.store_parts(params, blocks);
+  const bool is_in_cluster = params.cluster > 1;
+  const int part = is_in_cluster ? 0 : piece.part(blocks);
+  if (threadIdx.x == 0 && !is_in_cluster) piece.store_parts(params, blocks);
+  float reference = -INFINITY, sum = 0, x[kCount] = {};
+#pragma unroll
+  for (int w = 0; w < Traits::kWarps; ++w) {
+    reference = fmaxf(reference, references[w][column].x);
+  }
+#pragma unroll
+  for (int w = 0; w < Traits::kWarps; ++w) {
+    const float2 its = references[w][column];
+    sum += reference == -INFINITY ? its.y : its.y * fast_exp2(its.x - reference);
+    const float* const from = Traits::sums_of_warp(shared, w) + column * Traits::kSumsPitch;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] += from[first + i * kStep];
+  }
+  if (is_in_cluster) {
+    __syncthreads();  // all have read what is written now
+    const ClusterPart<kHeadDim> mine = cluster_part<Traits>(shared);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) mine.x[column * kHeadDim + first + i * kStep] = x[i];
+    if (first == 0) mine.sums[column] = make_float2(reference, sum);
+    combine_in_cluster<Traits>(params, tile, piece.place.head_k, mine);
+    return;
+  }
   if (column < tile.rows) {
-    float reference = -INFINITY, sum = 0, x[kCount] = {};
-#pragma unroll
-    for (int w = 0; w < Traits::kWarps; ++w) {
-      reference = fmaxf(reference, references[w][column].x);
-    }
-#pragma unroll
-    for (int w = 0; w < Traits::kWarps; ++w) {
-      const float2 its = references[w][column];
-      sum += reference == -INFINITY ? its.y : its.y * fast_exp2(its.x - reference);
-      const float* const from = Traits::sums_of_warp(shared, w) + column * Traits::kSumsPitch;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) x[i] += from[first + i * kStep];
-    }
     if (part < 0) {
       store_row<typename Traits::T>(params, tile, piece.place.head_k, column, reference, sum, first,
                                     kStep, x);
@@ -337,7 +348,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   if (!params.is_settled) wait_for_predecessor();  // otherwise before the first query is read
   let_successor_start();
   DecodePiece mine;
-  if (!mine.set(params, Traits::kBlockKeys)) return;
+  if (params.cluster > 1) {
+    mine.set_share(params, Traits::kBlockKeys);
+  } else if (!mine.set(params, Traits::kBlockKeys)) {
+    return;
+  }
   // All registers are taken while keys are attended to.
   DecodePiece& piece = shared.piece;
   if (threadIdx.x == 0) piece = mine;
@@ -348,6 +363,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     float o[Traits::kHeadDim / 16][Traits::kTiles][4] = {};
     attend<Traits>(params, softmax, o, shared);
     finish_tile<Traits>(params, softmax, o, shared);
+    if (params.cluster > 1) return;
     if (threadIdx.x == 0) piece.move(params, Traits::kBlockKeys);
     __syncthreads();
   } while (piece.at < piece.end);
@@ -374,13 +390,18 @@ struct FlashDecode {
 
   static void launch(const FlashDecodeParams& params, cudaStream_t stream) {
     cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(params.waves * params.at_a_time.divisor);
+    const bool has_clusters = params.cluster > 1;
+    config.gridDim = static_cast<unsigned>(
+        has_clusters ? params.cluster * params.tiles.divisor * params.problem.num_heads_k
+                     : int64_t{params.waves} * params.at_a_time.divisor);
     config.blockDim = Traits::kThreads;
     config.dynamicSmemBytes = kSharedBytes;
     config.stream = stream;
-    cudaLaunchAttribute attribute = dependent_launch();
-    config.attrs = &attribute;
-    config.numAttrs = params.launches_dependent ? 1 : 0;
+    cudaLaunchAttribute attributes[2] = {dependent_launch()};
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(params.cluster), 1, 1};
+    config.attrs = attributes;
+    config.numAttrs = !params.launches_dependent ? 0 : has_clusters ? 2 : 1;
     check(cudaLaunchKernelEx(&config, kKernel, params), "launching a decoding kernel");
   }
 

@@ -15,6 +15,7 @@
 namespace fastq::cuda {
 
 constexpr int kDecodeWaves = 4;
+constexpr int kMaxDecodeCluster = 8;
 
 struct FlashDecodeParams {
   FlashDecodeProblem problem;
@@ -27,6 +28,7 @@ struct FlashDecodeParams {
   bool launches_dependent, is_settled;  // core/settled_weights.hpp
   cutlass::FastDivmod at_a_time;        // blocks of threads that the device holds
   int waves;                            // of them: 1 or kDecodeWaves
+  int cluster;  // more than 1: so many blocks of threads share a tile, and these are all there are
   // Where a tile is divided among blocks of threads, its parts: of each block of threads two,
   // (columns, padded head_dim) sums and (columns, 2) references and sums of exponentials.
   float* parts;
