@@ -239,30 +239,10 @@ __device__ inline void quantize_row(const QuantizeParams& params, float* held) {
   row.template store<RowRounding::kSymmetric>(q, scale);
 }
 
-// A norm's weight and bias come to L1 while the kernel waits for its turn.
-template <class Traits>
-__device__ inline void touch_columns(const QuantizeParams& params) {
-  const RowBlocks blocks;
-  const int cols = static_cast<int>(params.problem.cols);
-  const int step = static_cast<int>(blocks.count * blockDim.x) * Traits::kVector;
-  const int first = static_cast<int>(blocks.rank * blockDim.x + threadIdx.x) * Traits::kVector;
-  for (const VectorView* v : {&params.problem.weight, &params.problem.bias}) {
-    if (!is_usual<typename Traits::T>(*v)) continue;
-    const auto* const data = static_cast<const typename Traits::T*>(v->data);
-    for (int at = first; at < cols; at += step) {
-      uint32_t unused;
-      asm volatile("ld.global.u32 %0, [%1];\n" : "=r"(unused) : "l"(data + at));
-    }
-  }
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kResidentBlocks)
     quantize_rows(const __grid_constant__ QuantizeParams params) {
   extern __shared__ __align__(16) float held[];
-  if constexpr (Traits::kIsNorm && Traits::kInRegisters > 0) {
-    if (params.starts_successor_early) touch_columns<Traits>(params);
-  }
   wait_for_predecessor(params.starts_successor_early);
   if constexpr (Traits::kInRegisters > 0) {
     const RowBlocks blocks;
