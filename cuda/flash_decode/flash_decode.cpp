@@ -92,6 +92,8 @@ Plan make_plan(const FlashDecodeProblem& p, const FlashDecodeKernel& kernel) {
   Plan plan{};
   FlashDecodeParams& params = plan.params;
   params.problem = p;
+  params.appends = p.append != nullptr;
+  if (params.appends) params.append = *p.append;
   const int group = static_cast<int>(p.num_heads / p.num_heads_k);
   params.group = cutlass::FastDivmod(group);
   params.columns = kernel.columns;
@@ -129,6 +131,8 @@ bool register_flash_decode_kernel(const FlashDecodeKernel& kernel) {
   kernels().push_back(kernel);
   return true;
 }
+
+bool flash_decode_appends(const FlashDecodeProblem& p) { return p.seqlen_q == 1; }
 
 size_t flash_decode_workspace_size(const FlashDecodeProblem& p) {
   const DeviceGuard guard(p.device_index);  // the kernels are loaded

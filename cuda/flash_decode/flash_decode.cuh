@@ -258,9 +258,14 @@ __device__ inline void attend(const FlashDecodeParams& params,
   const int begin = blocks.begin + piece.place.block;
   const int count = min(blocks.count - piece.place.block, piece.end - piece.at);
   int key = begin * Traits::kBlockKeys + threadIdx.x / 32 * Traits::kKeys;
-  // No key is read that no query attends to.
+  // The new token, if this piece has it.
+  int newest = params.appends ? new_token(params, tile.batch) : -1;
+  if (newest < begin * Traits::kBlockKeys || newest >= (begin + count) * Traits::kBlockKeys) {
+    newest = -1;
+  }
+  // No key is read that no query attends to, nor one that is only being appended.
   KeyLoader<Traits> loader(params, tile.batch, head_k, tile.first_key_of_all(params),
-                           tile.last_key_of_all(params), key, shared);
+                           newest < 0 ? tile.last_key_of_all(params) : newest, key, shared);
   int stage = 0;
   if (params.is_settled) {  // the keys that are there before the turn of the kernel has come
     const int old = tile.seqlen_k - tile.seqlen_q - begin * Traits::kBlockKeys;
@@ -277,6 +282,7 @@ __device__ inline void attend(const FlashDecodeParams& params,
     copy_async_commit();
   }
   load_queries<Traits>(params, tile, head_k, shared);
+  if (newest >= 0) append_token<Traits>(params, tile, head_k, newest, shared);
   __syncthreads();
   const KeyReader<Traits> reader(params, shared);
   const bool is_plain = p.softcap == 0 && p.alibi_slopes == nullptr;
@@ -290,6 +296,9 @@ __device__ inline void attend(const FlashDecodeParams& params,
     __syncwarp();  // all lanes' copies have arrived, and the stage before has been read
     if (left > kStages - 1) loader.load(stage == 0 ? kStages - 1 : stage - 1);
     copy_async_commit();
+    if (newest >= key && newest < key + Traits::kKeys) {
+      join_newest<Traits>(shared, stage, newest - key);
+    }
 
     float s[kTiles][4], rescale[kTiles][2], value_scale[2], more[2];
     reader.scores(stage, s);

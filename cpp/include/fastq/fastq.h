@@ -83,11 +83,11 @@ FASTQ_API fastq_status fastq_get_num_threads(int32_t* num_threads);
  * which are those of one step of a model: when the first of them has its turn in its stream,
  * whatever wrote what is settled has finished, and nothing writes that meanwhile. Settled are
  *   the weights of which calls say b_is_constant;
- *   of kv_append and flash_decode the lengths, the block table, the tables of sines and cosines, and
- *   the cache's tokens but the last seqlen_new or seqlen_q of each sequence.
- * On Hopper the small kernels between two products (quantisation, norms, decoding attention) then
- * let their successor start before they themselves have waited, so that a product's weight and the
- * cache are read while several kernels before still run. No effect on the bits, none on the CPU. */
+ *   of kv_append and flash_decode the lengths, the block table, the tables of sines and cosines,
+ * and the cache's tokens but the last seqlen_new or seqlen_q of each sequence. On Hopper the small
+ * kernels between two products (quantisation, norms, decoding attention) then let their successor
+ * start before they themselves have waited, so that a product's weight and the cache are read while
+ * several kernels before still run. No effect on the bits, none on the CPU. */
 FASTQ_API fastq_status fastq_set_settled_weights(int32_t are_settled);
 FASTQ_API fastq_status fastq_get_settled_weights(int32_t* are_settled);
 
@@ -405,6 +405,8 @@ typedef struct fastq_kv_cache {
   fastq_tensor block_table; /* int32 (batch, max_pages) with stride 1 along the pages, or absent */
 } fastq_kv_cache;
 
+struct fastq_kv_append_args;
+
 /* ---- flash_decode ----------------------------------------------------------------------------
  * flash_attention of a few queries to a cache: the queries are the last seqlen_q tokens of each
  * sequence, p(i) = i + seqlens[b] - seqlen_q. So with causal, the padding of a prompt that is
@@ -413,6 +415,10 @@ typedef struct fastq_kv_cache {
  * Keys are divided among the processors, and the parts combined in a fixed order: the same seqlens
  * give the same bits. With an int8 cache scores are multiplied by k's scale after their sum, and
  * exponentials by v's before theirs.
+ *
+ * With `append` it is fastq_kv_append of the new tokens first, and then attention of the queries as
+ * that rotates them: the same bits as by the two calls, and for one token of each sequence on a GPU
+ * one kernel instead of two.
  *
  * Source: Flash-Decoding (Dao et al., 2023).
  */
@@ -434,6 +440,9 @@ typedef struct fastq_flash_decode_args {
   fastq_allocate allocate;
   void* allocate_context;
   void* stream;
+  /* Or null. Of it k and v, (batch, seqlen_q, num_heads_k, head_dim), and the rotary tables are
+     read; cache, q, out and stream are absent. The cache must be writable. */
+  const struct fastq_kv_append_args* append;
 } fastq_flash_decode_args;
 
 FASTQ_API fastq_status fastq_flash_decode_workspace_size(const fastq_flash_decode_args* args,
