@@ -23,7 +23,6 @@ from .torch_library import (
     kv_append_rotate_out_op,
 )
 
-
 # By whether the kernel is called directly; and the same with an out.
 _ATTEND = (flash_decode_op, flash_decode_kernel, flash_decode_out_op, flash_decode_out_kernel)
 _APPEND_AND_ATTEND = (

@@ -440,8 +440,8 @@ typedef struct fastq_flash_decode_args {
   fastq_allocate allocate;
   void* allocate_context;
   void* stream;
-  /* Or null. Of it k and v, (batch, seqlen_q, num_heads_k, head_dim), and the rotary tables are
-     read; cache, q, out and stream are absent. The cache must be writable. */
+  /* Or null. Of it k and v, (batch, seqlen_q, num_heads_k, head_dim), and the rotary tables count;
+     q and out are absent, cache and stream are those of this struct. The cache is writable. */
   const struct fastq_kv_append_args* append;
 } fastq_flash_decode_args;
 

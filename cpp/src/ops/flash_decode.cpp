@@ -40,9 +40,8 @@ std::optional<KvAppendProblem> checked_append(const fastq_flash_decode_args& arg
   if (args.append == nullptr) return std::nullopt;
   fastq_kv_append_args append, space;
   append = known_struct(kOp, *args.append, sizeof(fastq_kv_append_args), space);
-  if (append.cache != nullptr || is_present(append.q) || is_present(append.out)) {
-    invalid_value(std::string(kOp) +
-                  ": append has a cache, q or out of its own, expected those of the call");
+  if (is_present(append.q) || is_present(append.out)) {
+    invalid_value(std::string(kOp) + ": append has a q or out of its own, expected none");
   }
   const NamedTensor q{"q", &args.q}, out{"out", &args.out}, lse{"lse", &args.lse};
   const NamedTensor k{"k", &append.k}, v{"v", &append.v};
