@@ -281,8 +281,8 @@ __device__ inline void attend(const FlashDecodeParams& params,
     if (stage < count) loader.load(stage);
     copy_async_commit();
   }
-  load_queries<Traits>(params, tile, head_k, shared);
   if (newest >= 0) append_token<Traits>(params, tile, head_k, newest, shared);
+  load_queries<Traits>(params, tile, head_k, shared);
   __syncthreads();
   const KeyReader<Traits> reader(params, shared);
   const bool is_plain = p.softcap == 0 && p.alibi_slopes == nullptr;

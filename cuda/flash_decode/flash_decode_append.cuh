@@ -96,18 +96,18 @@ __device__ inline void append_row(const FlashDecodeParams& params, int batch, in
   }
 }
 
-// Both, by the block of threads that has the tile's last keys. Of several tiles of rows the first
-// one writes to the cache.
+// Both, by the block of threads that has the tile's last keys, and there by the last warps: the
+// first ones load queries meanwhile. Of several tiles of rows the first one writes to the cache.
 template <class Traits>
 __device__ inline void append_token(const FlashDecodeParams& params, const DecodeTile& tile,
                                     int head_k, int token, typename Traits::Shared& shared) {
   static_assert(Traits::kWarps >= 2);
-  const int warp = threadIdx.x / 32;
+  const int from_last = Traits::kWarps - 1 - static_cast<int>(threadIdx.x) / 32;
   const bool stores = tile.first_row == 0;
   auto& its = shared.newest;
-  if (warp == 0) {
+  if (from_last == 0) {
     append_row<Traits, true>(params, tile.batch, head_k, token, stores, its.k, its.k_scale);
-  } else if (warp == 1) {
+  } else if (from_last == 1) {
     append_row<Traits, false>(params, tile.batch, head_k, token, stores, its.v, its.v_scale);
   }
 }
