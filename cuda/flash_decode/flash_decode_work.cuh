@@ -3,7 +3,7 @@
 // A tile is some rows of a sequence and a key head, and its work the blocks of keys that they
 // attend to. All tiles' blocks stand in one line, by sequence, tile of rows and key head, and each
 // block of threads takes a piece of the line, whatever the lengths, which only the device knows.
-// To begin and to end a tile takes about as long as two blocks of keys: so where that takes no
+// A piece with keys of two tiles begins and ends twice, one after the other: so where that takes no
 // longer pieces, every tile begins with a piece of its own.
 //
 // Multiprocessors are not equally fast. So a long line is taken in four waves: as many pieces as

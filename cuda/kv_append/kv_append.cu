@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads) append_rows(const __grid_constant__ 
       rows[i].load(pairs, from, head_dim);
     }
   };
-  if (!params.is_settled) load_rows();
+  if (!params.is_settled) load_rows();  // on their way while the length is
 
   const int length = p.cache.seqlens[batch * p.cache.stride_seqlens];
   const int token = length - static_cast<int>(p.seqlen_new) + row;

@@ -8,10 +8,11 @@
 // attribute waits for everything, as ever. Code compiled for less than kDependentLaunchArch cannot
 // wait, so it must be launched without, wherever it runs.
 //
-// Where weights are settled (core/settled_weights.hpp), the small kernels between two products let
-// their successors start at once: so the second product reads its weight ahead while the first one
-// still runs, and attention what is settled of its cache. Whatever they write is waited for as
-// before, one kernel by the next.
+// Where weights are settled (core/settled_weights.hpp), none of that holds for the small kernels
+// between two products: they let their successors start at once, so that the second product reads
+// its weight ahead while the first one still runs, and kv_append and flash_decode read what is
+// settled of their cache before they wait. Whatever any of them writes is waited for as before, one
+// kernel by the next.
 #pragma once
 
 #include <cuda_runtime_api.h>

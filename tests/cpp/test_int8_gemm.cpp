@@ -268,8 +268,6 @@ void test_older_structs() {
   std::free(old_weight);
 }
 
-}  // namespace
-
 // The promise is a thread's and a scope's.
 void test_settled_weights() {
   const auto expect_promise = [](int32_t expected) {
@@ -294,6 +292,8 @@ void test_settled_weights() {
     std::printf("settled weights: null is taken\n");
   }
 }
+
+}  // namespace
 
 int main() try {
   test_settled_weights();

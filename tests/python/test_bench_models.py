@@ -14,7 +14,7 @@ from fastq.runtime import cache_bytes
 
 sys.path.insert(0, str(REPOSITORY))
 
-from bench import decode, models_summary, prefill
+from bench import decode, decode_explain, models_summary, prefill
 from bench.decode_peers import BITSANDBYTES, COMPILED, EAGER
 from bench.decoders import CONFIGS, SCHEMES, bytes_read, random_decoder
 
@@ -91,6 +91,19 @@ def test_decode(tmp_path, capsys):
     rows = models_summary.ops_table(quantised, at_least=0)
     assert len(rows) == len(quantised) + 3
     assert any("`fastq::flash_decode` 3 × 26 × 4 × 16" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        ("void fastq::cuda::(anonymous namespace)::combine<__half, 8>(Params)", "combine"),
+        ("void fastq::cuda::quantize_rows<fastq::cuda::Traits<float> >(Params)", "quantize_rows"),
+        ("nvjet_sm90_hsh_256x8_64x6_2x1_v_bz_TNT", "nvjet_sm90_hsh_256x8_64x6_2x1_v_bz_TNT"),
+        ("(anonymous)", "(anonymous)"),
+    ],
+)
+def test_short_names_of_kernels(kernel, name):
+    assert decode_explain.short(kernel) == name
 
 
 def test_prefill(tmp_path):

@@ -82,12 +82,15 @@ FASTQ_API fastq_status fastq_get_num_threads(int32_t* num_threads);
 /* Not 0: a promise for this thread's calls from here on, till it is taken back by 0 (the default),
  * which are those of one step of a model: when the first of them has its turn in its stream,
  * whatever wrote what is settled has finished, and nothing writes that meanwhile. Settled are
- *   the weights of which calls say b_is_constant;
- *   of kv_append and flash_decode the lengths, the block table, the tables of sines and cosines,
- * and the cache's tokens but the last seqlen_new or seqlen_q of each sequence. On Hopper the small
- * kernels between two products (quantisation, norms, decoding attention) then let their successor
- * start before they themselves have waited, so that a product's weight and the cache are read while
- * several kernels before still run. No effect on the bits, none on the CPU. */
+ *
+ * - the weights of which calls say b_is_constant;
+ * - of kv_append and flash_decode the lengths, the block table, the tables of sines and cosines,
+ *   and the cache's tokens but the last seqlen_new or seqlen_q of each sequence.
+ *
+ * On Hopper the small kernels between two products (quantisation, norms, decoding attention) then
+ * let their successor start before they themselves have waited, so that a product's weight and the
+ * cache are read while several kernels before still run. No effect on the bits, none on the CPU.
+ */
 FASTQ_API fastq_status fastq_set_settled_weights(int32_t are_settled);
 FASTQ_API fastq_status fastq_get_settled_weights(int32_t* are_settled);
 
