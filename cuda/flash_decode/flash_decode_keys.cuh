@@ -104,14 +104,14 @@ __device__ inline int query_position(int element) {
 }
 
 // The rows of a tile to shared memory, zeros where there are none.
-template <class Traits>
+template <class Traits, bool kFuses>
 __device__ inline void load_queries(const FlashDecodeParams& params, const DecodeTile& tile,
                                     int head_k, typename Traits::Shared& shared) {
   using T = typename Traits::T;
   constexpr int kPerLane = Traits::kHeadDim / 32, kBytes = Traits::kQueryRowBytes;
   const FlashDecodeProblem& p = params.problem;
   const int lane = threadIdx.x % 32, head_dim = static_cast<int>(p.head_dim);
-  const bool rotates = params.appends && params.append.rotary_dim > 0;
+  const bool rotates = kFuses && params.appends && params.append.rotary_dim > 0;
   const int token = rotates ? new_token(params, tile.batch) : -1;
 #pragma unroll
   for (int column = threadIdx.x / 32; column < Traits::kColumns; column += Traits::kWarps) {
