@@ -420,8 +420,8 @@ struct fastq_kv_append_args;
  * exponentials by v's before theirs.
  *
  * With `append` it is fastq_kv_append of the new tokens first, and then attention of the queries as
- * that rotates them: the same bits as by the two calls, and for one token of each sequence on a GPU
- * one kernel instead of two.
+ * that rotates them: the same bits as by the two calls. Where few sequences have one token each, a
+ * GPU takes one kernel instead of two.
  *
  * Source: Flash-Decoding (Dao et al., 2023).
  */
