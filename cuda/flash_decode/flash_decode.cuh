@@ -353,8 +353,8 @@ __device__ inline void attend(const FlashDecodeParams& params,
   copy_async_wait<0>();
 }
 
-// kFuses: it may append a new token, and its blocks may be in clusters. Others, whose blocks have
-// one tile after the other, are spared the code: it took 5 % of a step with 16 sequences.
+// kFuses: it may append a new token, and its blocks may be in clusters. Where there are several
+// sequences, the kernel is spared that code: it took 5 % of a step with 16 of them.
 template <class Traits, bool kFuses>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     flash_decode_kernel(const __grid_constant__ FlashDecodeParams params) {

@@ -86,8 +86,8 @@ def flash_decode(
         out: like q, to write into; no overlap with an input.
         k, v: of q's dtype, ``(batch, seqlen_q, num_heads_k, head_dim)``: the new tokens, appended
             first, and the queries rotated, as by :func:`kv_append` with the rotary arguments and
-            q; q itself stays. The bits are those of the two calls; where few sequences have one
-            token each, CUDA takes one kernel.
+            q; q itself stays. The bits are those of the two calls; a single sequence with one
+            token takes one kernel on CUDA.
         rotary_cos, rotary_sin, rotary_interleaved: as in :func:`kv_append`; with k and v only.
 
     Returns:

@@ -420,8 +420,8 @@ struct fastq_kv_append_args;
  * exponentials by v's before theirs.
  *
  * With `append` it is fastq_kv_append of the new tokens first, and then attention of the queries as
- * that rotates them: the same bits as by the two calls. Where few sequences have one token each, a
- * GPU takes one kernel instead of two.
+ * that rotates them: the same bits as by the two calls. A single sequence with one token takes one
+ * kernel on a GPU.
  *
  * Source: Flash-Decoding (Dao et al., 2023).
  */
