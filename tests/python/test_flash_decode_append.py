@@ -17,8 +17,19 @@ each_cache = pytest.mark.parametrize("is_int8", [False, True], ids=["float", "in
 
 
 def check(q, k, v, cache, out=None, rotation=None, **options):
-    """Both ways, from copies of the same cache."""
-    rotation = rotation or {}
+    """Both ways, from copies of the same cache; and some of the sequences by themselves."""
+    check_together(q, k, v, cache, out, rotation or {}, **options)
+    for b in {0, q.shape[0] - 1} if q.shape[0] > 1 else ():
+        own = slice(b, b + 1)
+        shared = set(WRITTEN) if "block_table" in cache else set()
+        alone = {name: x if name in shared else x[own] for name, x in cache.items()}
+        its = dict(options)
+        if "alibi_slopes" in options:
+            its["alibi_slopes"] = options["alibi_slopes"][own]
+        check_together(q[own], k[own], v[own], alone, None, rotation or {}, **its)
+
+
+def check_together(q, k, v, cache, out, rotation, **options):
     apart = cache | {name: cache[name].clone() for name in cache.keys() & set(WRITTEN)}
     before = q.clone()
     rotated = fastq.kv_append(k, v, q=q if rotation else None, **apart, **rotation)
