@@ -23,7 +23,7 @@ from .torch_library import (
     kv_append_rotate_out_op,
 )
 
-# By whether the kernel is called directly; and the same with an out.
+# The op, the kernel where it is called directly, and the same with an out.
 _ATTEND = (flash_decode_op, flash_decode_kernel, flash_decode_out_op, flash_decode_out_kernel)
 _APPEND_AND_ATTEND = (
     flash_decode_append_op,
@@ -135,14 +135,14 @@ def flash_decode(
         alibi_slopes,
     )
     direct = is_direct(q, *cache.values(), *given.values())
-    runs = _ATTEND
+    op, kernel, out_op, out_kernel = _ATTEND
     if "k" in given:
-        runs = _APPEND_AND_ATTEND
+        op, kernel, out_op, out_kernel = _APPEND_AND_ATTEND
         arguments += (*with_unit_stride(k, v), rotary_cos, rotary_sin, bool(rotary_interleaved))
     if out is None:
-        out, lse = runs[direct](*arguments)
+        out, lse = (kernel if direct else op)(*arguments)
     else:
-        lse = runs[2 + direct](*arguments, out)
+        lse = (out_kernel if direct else out_op)(*arguments, out)
     return (out, lse) if return_lse else out
 
 
