@@ -46,6 +46,7 @@ constexpr Backend kBackend = {
     &flash_attention,
     &flash_decode_workspace_size,
     &flash_decode,
+    &flash_decode_appends,
     &kv_append,
     &llm_int8_matmul_workspace_size,
     &llm_int8_matmul,

@@ -9,7 +9,7 @@
 // queries. A warp takes 16 keys at a time, all on its own: cp.async brings them to a ring of its
 // own, a few turns ahead, and no warp waits for another till their sums are added. Blocks of
 // threads take equal pieces of all work (flash_decode_work.cuh); flash_decode_combine.cu adds what
-// they divided.
+// they divided, or on Hopper and after the blocks of a cluster.
 //
 // Of an int8 cache, scores are multiplied by k's scale after their sum, and exponentials by v's
 // before the product. The largest product is looked for, not the largest exponential: none is out
@@ -19,9 +19,11 @@
 // branch.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <type_traits>
 
+#include "flash_decode/flash_decode_cluster.cuh"
 #include "flash_decode/flash_decode_keys.cuh"
 #include "flash_decode/flash_decode_work.cuh"
 #include "runtime/dependent_launch.cuh"
@@ -149,7 +151,7 @@ __device__ __forceinline__ void mask_decode_scores(const FlashDecodeParams& para
 }
 
 // Adds the warps' sums of a tile, and writes its outputs, or the part of them that these are.
-template <class Traits>
+template <class Traits, bool kFuses>
 __device__ inline void finish_tile(const FlashDecodeParams& params,
                                    ColumnSoftmax<Traits::kTiles>& softmax,
                                    float (&o)[Traits::kHeadDim / 16][Traits::kTiles][4],
@@ -200,10 +202,11 @@ __device__ inline void finish_tile(const FlashDecodeParams& params,
   const DecodePiece& piece = shared.piece;
   const DecodeTile tile = decode_tile(params, piece.place.index);
   const int blocks = decode_blocks(params, tile, Traits::kBlockKeys).count;
-  const int part = piece.part(blocks);
-  if (threadIdx.x == 0) piece.store_parts(params, blocks);
-  if (column < tile.rows) {
-    float reference = -INFINITY, sum = 0, x[kCount] = {};
+  const bool is_in_cluster = kFuses && params.cluster > 1, is_row = column < tile.rows;
+  const int part = is_in_cluster ? 0 : piece.part(blocks);
+  if (threadIdx.x == 0 && !is_in_cluster) piece.store_parts(params, blocks);
+  float reference = -INFINITY, sum = 0, x[kCount] = {};
+  if (is_row) {
 #pragma unroll
     for (int w = 0; w < Traits::kWarps; ++w) {
       reference = fmaxf(reference, references[w][column].x);
@@ -216,6 +219,18 @@ __device__ inline void finish_tile(const FlashDecodeParams& params,
 #pragma unroll
       for (int i = 0; i < kCount; ++i) x[i] += from[first + i * kStep];
     }
+  }
+  if (is_in_cluster) {
+    __syncthreads();  // all have read what is written now
+    const ClusterPart<kHeadDim> mine = cluster_part<Traits>(shared);
+    if (is_row) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) mine.x[column * kHeadDim + first + i * kStep] = x[i];
+      if (first == 0) mine.sums[column] = make_float2(reference, sum);
+    }
+    return combine_in_cluster<Traits>(params, tile, piece.place.head_k, mine);
+  }
+  if (is_row) {
     if (part < 0) {
       store_row<typename Traits::T>(params, tile, piece.place.head_k, column, reference, sum, first,
                                     kStep, x);
@@ -232,7 +247,7 @@ __device__ inline void finish_tile(const FlashDecodeParams& params,
 }
 
 // The keys of a piece's first tile.
-template <class Traits>
+template <class Traits, bool kFuses>
 __device__ inline void attend(const FlashDecodeParams& params,
                               ColumnSoftmax<Traits::kTiles>& softmax,
                               float (&o)[Traits::kHeadDim / 16][Traits::kTiles][4],
@@ -247,9 +262,14 @@ __device__ inline void attend(const FlashDecodeParams& params,
   const int begin = blocks.begin + piece.place.block;
   const int count = min(blocks.count - piece.place.block, piece.end - piece.at);
   int key = begin * Traits::kBlockKeys + threadIdx.x / 32 * Traits::kKeys;
-  // No key is read that no query attends to.
+  // The new token, if this piece has it.
+  int newest = kFuses && params.appends ? new_token(params, tile.batch) : -1;
+  if (newest < begin * Traits::kBlockKeys || newest >= (begin + count) * Traits::kBlockKeys) {
+    newest = -1;
+  }
+  // No key is read that no query attends to, nor one that is only being appended.
   KeyLoader<Traits> loader(params, tile.batch, head_k, tile.first_key_of_all(params),
-                           tile.last_key_of_all(params), key, shared);
+                           newest < 0 ? tile.last_key_of_all(params) : newest, key, shared);
   int stage = 0;
   if (params.is_settled) {  // the keys that are there before the turn of the kernel has come
     const int old = tile.seqlen_k - tile.seqlen_q - begin * Traits::kBlockKeys;
@@ -265,7 +285,8 @@ __device__ inline void attend(const FlashDecodeParams& params,
     if (stage < count) loader.load(stage);
     copy_async_commit();
   }
-  load_queries<Traits>(params, tile, head_k, shared);
+  if (kFuses && newest >= 0) append_token<Traits>(params, tile, head_k, newest, shared);
+  load_queries<Traits, kFuses>(params, tile, head_k, shared);
   __syncthreads();
   const KeyReader<Traits> reader(params, shared);
   const bool is_plain = p.softcap == 0 && p.alibi_slopes == nullptr;
@@ -279,6 +300,9 @@ __device__ inline void attend(const FlashDecodeParams& params,
     __syncwarp();  // all lanes' copies have arrived, and the stage before has been read
     if (left > kStages - 1) loader.load(stage == 0 ? kStages - 1 : stage - 1);
     copy_async_commit();
+    if (kFuses && newest >= key && newest < key + Traits::kKeys) {
+      join_newest<Traits>(shared, stage, newest - key);
+    }
 
     float s[kTiles][4], rescale[kTiles][2], value_scale[2], more[2];
     reader.scores(stage, s);
@@ -329,7 +353,9 @@ __device__ inline void attend(const FlashDecodeParams& params,
   copy_async_wait<0>();
 }
 
-template <class Traits>
+// kFuses: it may append a new token, and its blocks may be in clusters. Where there are several
+// sequences, the kernel is spared that code: it took 5 % of a step with 16 of them.
+template <class Traits, bool kFuses>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     flash_decode_kernel(const __grid_constant__ FlashDecodeParams params) {
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -337,7 +363,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   if (!params.is_settled) wait_for_predecessor();  // otherwise before the first query is read
   let_successor_start();
   DecodePiece mine;
-  if (!mine.set(params, Traits::kBlockKeys)) return;
+  if (kFuses && params.cluster > 1) {
+    mine.set_share(params, Traits::kBlockKeys);
+  } else if (!mine.set(params, Traits::kBlockKeys)) {
+    return;
+  }
   // All registers are taken while keys are attended to.
   DecodePiece& piece = shared.piece;
   if (threadIdx.x == 0) piece = mine;
@@ -346,8 +376,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     ColumnSoftmax<Traits::kTiles> softmax;
     softmax.clear();
     float o[Traits::kHeadDim / 16][Traits::kTiles][4] = {};
-    attend<Traits>(params, softmax, o, shared);
-    finish_tile<Traits>(params, softmax, o, shared);
+    attend<Traits, kFuses>(params, softmax, o, shared);
+    finish_tile<Traits, kFuses>(params, softmax, o, shared);
+    if (kFuses && params.cluster > 1) return;
     if (threadIdx.x == 0) piece.move(params, Traits::kBlockKeys);
     __syncthreads();
   } while (piece.at < piece.end);
@@ -355,33 +386,37 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 
 template <class Traits>
 struct FlashDecode {
-  static constexpr auto kKernel = &flash_decode_kernel<Traits>;
+  static constexpr auto kKernel = &flash_decode_kernel<Traits, false>;
+  static constexpr auto kFusedKernel = &flash_decode_kernel<Traits, true>;
   static constexpr int kSharedBytes = sizeof(typename Traits::Shared);
   static inline std::array<int, kMaxDevices> blocks_of_device{};
 
   static int load(const DeviceProps& props) {
     if (kSharedBytes <= props.shared_memory_per_block) {
-      check(
-          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-          "loading a decoding kernel");
-      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_of_device[props.index], kKernel,
-                                                          Traits::kThreads, kSharedBytes),
-            "loading a decoding kernel");
+      blocks_of_device[props.index] = std::min(blocks_per_sm(kKernel), blocks_per_sm(kFusedKernel));
     }
-    return load_kernel(reinterpret_cast<const void*>(kKernel));
+    return std::min(load_kernel(reinterpret_cast<const void*>(kKernel)),
+                    load_kernel(reinterpret_cast<const void*>(kFusedKernel)));
   }
-  static int blocks_per_sm(int device) { return blocks_of_device[device]; }
+  static int blocks_on(int device) { return blocks_of_device[device]; }
 
   static void launch(const FlashDecodeParams& params, cudaStream_t stream) {
     cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(params.waves * params.at_a_time.divisor);
+    const bool has_clusters = params.cluster > 1;
+    config.gridDim = static_cast<unsigned>(
+        has_clusters ? params.cluster * params.tiles.divisor * params.problem.num_heads_k
+                     : int64_t{params.waves} * params.at_a_time.divisor);
     config.blockDim = Traits::kThreads;
     config.dynamicSmemBytes = kSharedBytes;
     config.stream = stream;
-    cudaLaunchAttribute attribute = dependent_launch();
-    config.attrs = &attribute;
-    config.numAttrs = params.launches_dependent ? 1 : 0;
-    check(cudaLaunchKernelEx(&config, kKernel, params), "launching a decoding kernel");
+    cudaLaunchAttribute attributes[2] = {dependent_launch()};
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(params.cluster), 1, 1};
+    config.attrs = attributes;
+    config.numAttrs = !params.launches_dependent ? 0 : has_clusters ? 2 : 1;
+    check(cudaLaunchKernelEx(&config, has_clusters || params.appends ? kFusedKernel : kKernel,
+                             params),
+          "launching a decoding kernel");
   }
 
   static bool register_kernel() {
@@ -389,7 +424,18 @@ struct FlashDecode {
         std::is_same_v<typename Traits::T, __half> ? DType::kFloat16 : DType::kBFloat16;
     return register_flash_decode_kernel({dtype, Traits::kInt8 ? DType::kInt8 : dtype,
                                          Traits::kHeadDim, Traits::kColumns, Traits::kStages,
-                                         Traits::kBlockKeys, &blocks_per_sm, &launch, &load});
+                                         Traits::kBlockKeys, &blocks_on, &launch, &load});
+  }
+
+ private:
+  static int blocks_per_sm(void (*kernel)(FlashDecodeParams)) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+          "loading a decoding kernel");
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Traits::kThreads,
+                                                        kSharedBytes),
+          "loading a decoding kernel");
+    return blocks;
   }
 };
 

@@ -15,9 +15,12 @@
 namespace fastq::cuda {
 
 constexpr int kDecodeWaves = 4;
+constexpr int kMaxDecodeCluster = 8;
 
 struct FlashDecodeParams {
   FlashDecodeProblem problem;
+  KvAppendProblem append;  // its k, v and rotation, where `appends`: seqlen_q is 1
+  bool appends;
   // The queries of the heads that share a key head are the rows of a matrix: row r is query
   // r / group of head head_k * group + r % group. A tile has `columns` of them.
   cutlass::FastDivmod group, tiles;
@@ -27,6 +30,7 @@ struct FlashDecodeParams {
   bool launches_dependent, is_settled;  // core/settled_weights.hpp
   cutlass::FastDivmod at_a_time;        // blocks of threads that the device holds
   int waves;                            // of them: 1 or kDecodeWaves
+  int cluster;  // more than 1: so many blocks of threads share a tile, and these are all there are
   // Where a tile is divided among blocks of threads, its parts: of each block of threads two,
   // (columns, padded head_dim) sums and (columns, 2) references and sums of exponentials.
   float* parts;

@@ -11,6 +11,7 @@
 
 #include <type_traits>
 
+#include "flash_decode/flash_decode_append.cuh"
 #include "flash_decode/flash_decode_kernels.hpp"
 #include "flash_decode/flash_decode_work.cuh"
 #include "quantize/row_scale.cuh"
@@ -52,6 +53,10 @@ struct FlashDecodeTraits {
     uint8_t q[kQueryDigits][kColumns][kQueryRowBytes];
     float q_scale[kColumns];  // int8 only, as the next
     Scales scales[kInt8 ? kWarps : 1][kInt8 ? kStages : 1];
+    struct {
+      alignas(16) uint8_t k[kRowBytes], v[kRowBytes];
+      float k_scale, v_scale;  // int8 only
+    } newest;                  // a sequence's new token, where it is appended
     float2 references[kWarps][kColumns];
     DecodePiece piece;
   };
@@ -99,13 +104,15 @@ __device__ inline int query_position(int element) {
 }
 
 // The rows of a tile to shared memory, zeros where there are none.
-template <class Traits>
+template <class Traits, bool kFuses>
 __device__ inline void load_queries(const FlashDecodeParams& params, const DecodeTile& tile,
                                     int head_k, typename Traits::Shared& shared) {
   using T = typename Traits::T;
   constexpr int kPerLane = Traits::kHeadDim / 32, kBytes = Traits::kQueryRowBytes;
   const FlashDecodeProblem& p = params.problem;
   const int lane = threadIdx.x % 32, head_dim = static_cast<int>(p.head_dim);
+  const bool rotates = kFuses && params.appends && params.append.rotary_dim > 0;
+  const int token = rotates ? new_token(params, tile.batch) : -1;
 #pragma unroll
   for (int column = threadIdx.x / 32; column < Traits::kColumns; column += Traits::kWarps) {
     int query, of_group;
@@ -117,7 +124,9 @@ __device__ inline void load_queries(const FlashDecodeParams& params, const Decod
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int d = lane + 32 * i;
-      x[i] = column < tile.rows && d < head_dim ? q[d] : T{};
+      x[i] = column >= tile.rows || d >= head_dim ? T{}
+             : token < 0 ? q[d]
+                         : from_float<T>(rotated(params.append, q, d, token));
     }
     if constexpr (!Traits::kInt8) {
 #pragma unroll
@@ -300,6 +309,26 @@ class KeyLoader {
   const float* scale_ = nullptr;
   int page_ = 0;
 };
+
+// The new token's row to a warp's ring, of a stage whose copies have arrived.
+template <class Traits>
+__device__ inline void join_newest(typename Traits::Shared& shared, int stage, int row) {
+  constexpr int kBytes = Traits::kRowBytes;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  typename Traits::Ring& ring = shared.ring[warp];
+  if (lane < kBytes / 16) {
+    const uint32_t at = swizzled<kBytes>(row * kBytes + 16 * lane);
+    *reinterpret_cast<uint4*>(ring.k[stage][0] + at) =
+        reinterpret_cast<const uint4*>(shared.newest.k)[lane];
+    *reinterpret_cast<uint4*>(ring.v[stage][0] + at) =
+        reinterpret_cast<const uint4*>(shared.newest.v)[lane];
+  }
+  if (Traits::kInt8 && lane == 0) {
+    shared.scales[warp][stage].k[row] = shared.newest.k_scale;
+    shared.scales[warp][stage].v[row] = shared.newest.v_scale;
+  }
+  __syncwarp();
+}
 
 // Operands from a warp's ring.
 template <class Traits>

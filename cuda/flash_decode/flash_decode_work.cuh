@@ -9,6 +9,9 @@
 // Multiprocessors are not equally fast. So a long line is taken in four waves: as many pieces as
 // there can be at a time share three quarters of it, then as many an eighth, and so on, and whoever
 // is done first takes the next.
+//
+// Of one sequence all tiles are as long. There, the blocks of a cluster have equal shares of a
+// tile, and combine them themselves.
 #pragma once
 
 #include "flash_attention/flash_attention_tile.cuh"
@@ -194,6 +197,18 @@ struct DecodePiece {
     begin = at = line.begin(params, block), end = line.end(params, block);
     if (begin < end) place = line.place(params, at, block_keys);
     return begin < end;
+  }
+
+  // Of a cluster's tile: which may be nothing.
+  __device__ void set_share(const FlashDecodeParams& params, int block_keys) {
+    const int tile = blockIdx.x / params.cluster, rank = blockIdx.x - tile * params.cluster;
+    const int heads_k = static_cast<int>(params.problem.num_heads_k);
+    place.index = tile / heads_k, place.head_k = tile - place.index * heads_k;
+    const int blocks = decode_blocks(params, decode_tile(params, place.index), block_keys).count;
+    const int64_t of_all = int64_t{blocks} * rank;
+    begin = at = place.block = static_cast<int>(of_all / params.cluster);
+    end = static_cast<int>((of_all + blocks) / params.cluster);
+    place.start = 0;
   }
 
   // To the next tile.

@@ -128,6 +128,11 @@ def flash_decode(
     window_right: int,
     softcap: float,
     alibi_slopes: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_interleaved: bool,
 ) -> None: ...
 def kv_append(
     k: Tensor,

@@ -7,6 +7,10 @@ from torch import Tensor
 from .attention import check_softmax_scale, check_window, with_unit_stride
 from .ops import check_tensors, is_direct
 from .torch_library import (
+    flash_decode_append_kernel,
+    flash_decode_append_op,
+    flash_decode_append_out_kernel,
+    flash_decode_append_out_op,
     flash_decode_kernel,
     flash_decode_op,
     flash_decode_out_kernel,
@@ -17,6 +21,15 @@ from .torch_library import (
     kv_append_rotate_op,
     kv_append_rotate_out_kernel,
     kv_append_rotate_out_op,
+)
+
+# The op, the kernel where it is called directly, and the same with an out.
+_ATTEND = (flash_decode_op, flash_decode_kernel, flash_decode_out_op, flash_decode_out_kernel)
+_APPEND_AND_ATTEND = (
+    flash_decode_append_op,
+    flash_decode_append_kernel,
+    flash_decode_append_out_op,
+    flash_decode_append_out_kernel,
 )
 
 
@@ -36,6 +49,11 @@ def flash_decode(
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`flash_attention` of a few queries to a cache of keys and values.
 
@@ -66,6 +84,11 @@ def flash_decode(
         softmax_scale, window, softcap, alibi_slopes: as in :func:`flash_attention`.
         return_lse: return ``(out, lse)``.
         out: like q, to write into; no overlap with an input.
+        k, v: of q's dtype, ``(batch, seqlen_q, num_heads_k, head_dim)``: the new tokens, appended
+            first, and the queries rotated, as by :func:`kv_append` with the rotary arguments and
+            q; q itself stays. The bits are those of the two calls; a single sequence with one
+            token takes one kernel on CUDA.
+        rotary_cos, rotary_sin, rotary_interleaved: as in :func:`kv_append`; with k and v only.
 
     Returns:
         ``out`` like q, contiguous; with ``return_lse`` also ``lse`` float32
@@ -85,10 +108,18 @@ def flash_decode(
         "v_scale": v_scale,
         "alibi_slopes": alibi_slopes,
         "out": out,
+        "k": k,
+        "v": v,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
     }
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     cache = {"k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": cache_seqlens}
     check_tensors("flash_decode", q=q, **cache, **given)
+    if ("k" in given) != ("v" in given):
+        raise ValueError("flash_decode: only one of k and v is given")
+    if "k" not in given and given.keys() & {"rotary_cos", "rotary_sin"}:
+        raise ValueError("flash_decode: a rotary table is given, but k and v are not")
     left, right = check_window("flash_decode", window)
     arguments = (
         *with_unit_stride(q),
@@ -104,11 +135,14 @@ def flash_decode(
         alibi_slopes,
     )
     direct = is_direct(q, *cache.values(), *given.values())
+    op, kernel, out_op, out_kernel = _ATTEND
+    if "k" in given:
+        op, kernel, out_op, out_kernel = _APPEND_AND_ATTEND
+        arguments += (*with_unit_stride(k, v), rotary_cos, rotary_sin, bool(rotary_interleaved))
     if out is None:
-        out, lse = (flash_decode_kernel if direct else flash_decode_op)(*arguments)
+        out, lse = (kernel if direct else op)(*arguments)
     else:
-        run = flash_decode_out_kernel if direct else flash_decode_out_op
-        lse = run(*arguments, out)
+        lse = (out_kernel if direct else out_op)(*arguments, out)
     return (out, lse) if return_lse else out
 
 

@@ -49,13 +49,23 @@ _ATTENTION = (
 )
 _library.define(f"flash_attention({_ATTENTION}) -> (Tensor, Tensor)")
 _library.define(f"flash_attention.out({_ATTENTION}, Tensor(a!) out) -> Tensor")
+_DECODE_OPTIONS = (
+    "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
+    "Tensor? alibi_slopes"
+)
 _DECODE = (
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, "
-    "Tensor? k_scale, Tensor? v_scale, float softmax_scale, bool causal, SymInt window_left, "
-    "SymInt window_right, float softcap, Tensor? alibi_slopes"
+    f"Tensor? k_scale, Tensor? v_scale, {_DECODE_OPTIONS}"
 )
 _library.define(f"flash_decode({_DECODE}) -> (Tensor, Tensor)")
 _library.define(f"flash_decode.out({_DECODE}, Tensor(a!) out) -> Tensor")
+_APPEND_DECODE = (
+    "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? block_table, "
+    f"Tensor(c!)? k_scale, Tensor(d!)? v_scale, {_DECODE_OPTIONS}, Tensor k, Tensor v, "
+    "Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved"
+)
+_library.define(f"flash_decode.append({_APPEND_DECODE}) -> (Tensor, Tensor)")
+_library.define(f"flash_decode.append_out({_APPEND_DECODE}, Tensor(e!) out) -> Tensor")
 _APPEND = (
     "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, "
     "Tensor? block_table, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? rotary_cos, "
@@ -253,12 +263,22 @@ def _check_decode(q):
         )
 
 
-def flash_decode_out_kernel(q, k_cache, v_cache, cache_seqlens, *rest):
+def flash_decode_append_out_kernel(q, k_cache, v_cache, cache_seqlens, *rest):
     *options, out = rest
     _check_decode(q)
     lse = torch.empty(_lse_shape(q), dtype=torch.float32, device=q.device)
     _core.flash_decode(q, k_cache, v_cache, cache_seqlens, out, lse, *options)
     return lse
+
+
+def flash_decode_append_kernel(q, *rest):
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, flash_decode_append_out_kernel(q, *rest, out)
+
+
+def flash_decode_out_kernel(*arguments):
+    *options, out = arguments
+    return flash_decode_append_out_kernel(*options, None, None, None, None, False, out)
 
 
 def flash_decode_kernel(q, *rest):
@@ -412,6 +432,8 @@ for _name, _kernel, _fake in (
     ("flash_attention.out", flash_attention_out_kernel, _flash_attention_out_fake),
     ("flash_decode", flash_decode_kernel, _flash_decode_fake),
     ("flash_decode.out", flash_decode_out_kernel, _flash_decode_out_fake),
+    ("flash_decode.append", flash_decode_append_kernel, _flash_decode_fake),
+    ("flash_decode.append_out", flash_decode_append_out_kernel, _flash_decode_out_fake),
     ("kv_append", kv_append_kernel, lambda *args: None),
     ("kv_append.rotate", kv_append_rotate_kernel, _kv_append_rotate_fake),
     ("kv_append.rotate_out", kv_append_rotate_out_kernel, lambda *args: None),
@@ -435,6 +457,8 @@ flash_attention_op = torch.ops.fastq.flash_attention.default
 flash_attention_out_op = torch.ops.fastq.flash_attention.out
 flash_decode_op = torch.ops.fastq.flash_decode.default
 flash_decode_out_op = torch.ops.fastq.flash_decode.out
+flash_decode_append_op = torch.ops.fastq.flash_decode.append
+flash_decode_append_out_op = torch.ops.fastq.flash_decode.append_out
 kv_append_op = torch.ops.fastq.kv_append.default
 kv_append_rotate_op = torch.ops.fastq.kv_append.rotate
 kv_append_rotate_out_op = torch.ops.fastq.kv_append.rotate_out

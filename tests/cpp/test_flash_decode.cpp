@@ -3,6 +3,7 @@
 // preset `asan` sees a read or write one element too far, which the Python tests cannot.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -125,6 +126,31 @@ void compare(const Case& c, const Cache& cache, int64_t b, int64_t h, int64_t i,
   take(worst.lse, !is_right ? HUGE_VAL : sum > 0 ? std::fabs(lse - std::log(sum)) : 0.0);
 }
 
+// The last tokens once more, appended by the call itself.
+void check_append(const Case& c, const Cache& cache, fastq_flash_decode_args args,
+                  const std::string& about) {
+  std::vector<float> again(cache.batch * c.seqlen_q * c.heads * c.head_dim, 7.0f);
+  const auto* const out = static_cast<const float*>(args.out.data);
+  const auto last = [&](const std::vector<float>& x) {
+    const int64_t token = c.heads_k * c.head_dim;
+    fastq_tensor view = fastq::tensor_view(&x[(cache.longest - c.seqlen_q) * token],
+                                           {cache.batch, c.seqlen_q, c.heads_k, c.head_dim});
+    view.strides[0] = cache.longest * token;
+    return view;
+  };
+  if (cache.longest < c.seqlen_q) return;
+  const auto append = fastq::kv_append_args(last(cache.k), last(cache.v), cache.view);
+  args.append = &append;
+  args.out.data = again.data();
+  const size_t size = fastq::flash_decode_workspace_size(args);
+  void* const workspace = std::aligned_alloc(64, (size + 64) / 64 * 64);
+  fastq::flash_decode(args, workspace, size);
+  std::free(workspace);
+  EXPECT(std::equal(again.begin(), again.end(), out), about + ": other bits by append");
+  args.append = nullptr, args.struct_size = offsetof(fastq_flash_decode_args, append);
+  EXPECT(fastq::flash_decode_workspace_size(args) == size, about + ": a shorter struct");
+}
+
 void check(const Case& c, const std::string& about) {
   const Cache cache(c);
   const std::vector<float> q = random_floats(cache.batch * c.seqlen_q * c.heads * c.head_dim);
@@ -137,6 +163,7 @@ void check(const Case& c, const std::string& about) {
   void* const workspace = std::aligned_alloc(64, (size + 64) / 64 * 64);
   fastq::flash_decode(args, workspace, size);
   std::free(workspace);
+  check_append(c, cache, args, about);
   Errors worst;
   for (int64_t b = 0; b < cache.batch; ++b) {
     for (int64_t i = 0; i < c.seqlen_q; ++i) {
@@ -180,6 +207,11 @@ void check_refusals() {
   args.cache = &changed;
   expect_refusal([&] { fastq::flash_decode(args); }, "flash_decode: struct_size is 8");
   fastq_kv_append_args append = fastq::kv_append_args(q_view, q_view, cache.view);
+  args.cache = &cache.view;
+  args.append = &append;
+  append.q = q_view;
+  expect_refusal([&] { fastq::flash_decode(args); }, "flash_decode: append has a q or out");
+  append.q = {};
   append.cache = nullptr;
   expect_refusal([&] { fastq::kv_append(append); }, "kv_append: cache is a null pointer");
   append.cache = &cache.view;

@@ -90,7 +90,7 @@ def test_decode(tmp_path, capsys):
     assert "fastq::flash_decode" in capsys.readouterr().out
     rows = models_summary.ops_table(quantised, at_least=0)
     assert len(rows) == len(quantised) + 3
-    assert any("`fastq::kv_append` 3 × 26 × 4 × 16" in row for row in rows)
+    assert any("`fastq::flash_decode` 3 × 26 × 4 × 16" in row for row in rows)
 
 
 @pytest.mark.parametrize(

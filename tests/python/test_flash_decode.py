@@ -141,6 +141,15 @@ def test_softcap_scale_and_alibi(seqlen_q, kind):
         check(q, alibi_slopes=torch.stack([slopes, slopes.flip(0)]), softcap=20.0, **cache)
 
 
+@each_kind
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_cache_without_room(batch, kind):
+    cache = make_cache((0,) * batch, 2, 24, kind, capacity=0)
+    out, lse = fastq.flash_decode(random(batch, 3, 4, 24, kind=kind), return_lse=True, **cache)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
 @kinds(torch.float32)
 @pytest.mark.parametrize("seqlen_q", [6, 50])
 def test_rows_that_attend_to_nothing(seqlen_q, kind):

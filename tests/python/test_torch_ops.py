@@ -88,6 +88,10 @@ def test_opcheck_flash_decode_and_kv_append(device, is_int8, page_size):
     options = (0.25, True, 9, -1, 3.0, torch.rand(4, device=device))
     torch.library.opcheck(OPS.flash_decode.default, (q, *cache, *options))
     torch.library.opcheck(OPS.flash_decode.out, (q, *cache, *options, torch.zeros_like(q)))
+    for new in ((k, v, None, None, False), (k, v, *tables, True)):
+        torch.library.opcheck(OPS.flash_decode.append, (q, *cache, *options, *new))
+        arguments = (q, *cache, *options, *new, torch.zeros_like(q))
+        torch.library.opcheck(OPS.flash_decode.append_out, arguments)
     torch.library.opcheck(OPS.kv_append.default, (k, v, *cache, None, None, False))
     torch.library.opcheck(OPS.kv_append.default, (k, v, *cache, *tables, True))
     torch.library.opcheck(OPS.kv_append.rotate, (k, v, *cache, *tables, False, q))
@@ -261,7 +265,8 @@ def test_compile_a_step_of_generation(device, is_int8, in_place, backend):
             q = fastq.kv_append(k, v, **cache, **options)
         fastq.kv_append(k[:, 1:], v[:, 1:], **cache)  # without rotary tables
         out, lse = fastq.flash_decode(q + 0, window=(12, -1), return_lse=True, **cache)
-        return out * 2, lse
+        more = fastq.flash_decode(q, k=k * 2, v=v * 2, rotary_cos=cos, rotary_sin=sin, **cache)
+        return out * 2 + more, lse
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=backend, fullgraph=True)
@@ -311,6 +316,8 @@ def test_shapes_without_data(fake, out_dtype):
         out, lse = fastq.flash_decode(q, cache, cache, lengths, return_lse=True)
         assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, device)
         assert (lse.shape, lse.dtype, lse.device) == ((2, 4, 3), torch.float32, device)
+        out = fastq.flash_decode(q, cache, cache, lengths, k=k, v=k)
+        assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, device)
         with pytest.raises(ValueError, match="flash_decode: q has shape"):
             fastq.flash_decode(q[0], cache, cache, lengths)
         rotated = fastq.kv_append(k, k, cache, cache, lengths, q=q, rotary_cos=k, rotary_sin=k)

@@ -90,17 +90,18 @@ void DecoderLayer::attend(const fastq_tensor& qkv, const fastq_tensor& out, int6
 
   fastq_kv_append_args append = fastq::kv_append_args(k, v, cached);
   append.rotary_cos = cache.rotary_cos(), append.rotary_sin = cache.rotary_sin();
-  append.q = append.out = q;
-  fastq::kv_append(append);
 
-  if (past == 0) {  // a prompt: its own keys, now rotated, are all there are
+  if (past == 0) {  // a prompt: its own keys, rotated, are all there are
+    append.q = append.out = q;
+    fastq::kv_append(append);
     fastq_tensor keys = cached.k;
     keys.sizes[1] = seqlen;
     const auto args = fastq::flash_attention_args(q, keys, v, out_heads, /*causal=*/true);
     const size_t bytes = fastq::flash_attention_workspace_size(args);
     fastq::flash_attention(args, workspace_.at_least(bytes), bytes);
   } else {
-    const auto args = fastq::flash_decode_args(q, cached, out_heads);
+    auto args = fastq::flash_decode_args(q, cached, out_heads);
+    args.append = &append;
     const size_t bytes = fastq::flash_decode_workspace_size(args);
     fastq::flash_decode(args, workspace_.at_least(bytes), bytes);
   }

@@ -408,6 +408,8 @@ typedef struct fastq_kv_cache {
   fastq_tensor block_table; /* int32 (batch, max_pages) with stride 1 along the pages, or absent */
 } fastq_kv_cache;
 
+struct fastq_kv_append_args;
+
 /* ---- flash_decode ----------------------------------------------------------------------------
  * flash_attention of a few queries to a cache: the queries are the last seqlen_q tokens of each
  * sequence, p(i) = i + seqlens[b] - seqlen_q. So with causal, the padding of a prompt that is
@@ -416,6 +418,10 @@ typedef struct fastq_kv_cache {
  * Keys are divided among the processors, and the parts combined in a fixed order: the same seqlens
  * give the same bits. With an int8 cache scores are multiplied by k's scale after their sum, and
  * exponentials by v's before theirs.
+ *
+ * With `append` it is fastq_kv_append of the new tokens first, and then attention of the queries as
+ * that rotates them: the same bits as by the two calls. A single sequence with one token takes one
+ * kernel on a GPU.
  *
  * Source: Flash-Decoding (Dao et al., 2023).
  */
@@ -437,6 +443,9 @@ typedef struct fastq_flash_decode_args {
   fastq_allocate allocate;
   void* allocate_context;
   void* stream;
+  /* Or null. Of it k and v, (batch, seqlen_q, num_heads_k, head_dim), and the rotary tables count;
+     q and out are absent, cache and stream are those of this struct. The cache is writable. */
+  const struct fastq_kv_append_args* append;
 } fastq_flash_decode_args;
 
 FASTQ_API fastq_status fastq_flash_decode_workspace_size(const fastq_flash_decode_args* args,

@@ -47,6 +47,8 @@ struct Backend {
   void (*flash_attention)(const FlashAttentionProblem&, Workspace& workspace);
   size_t (*flash_decode_workspace_size)(const FlashDecodeProblem&);
   void (*flash_decode)(const FlashDecodeProblem&, Workspace& workspace);
+  // Whether flash_decode appends such a problem's new tokens itself. Null: it never does.
+  bool (*flash_decode_appends)(const FlashDecodeProblem&);
   void (*kv_append)(const KvAppendProblem&);
   size_t (*llm_int8_matmul_workspace_size)(const LlmInt8MatmulProblem&);
   void (*llm_int8_matmul)(const LlmInt8MatmulProblem&, Workspace& workspace);

@@ -194,6 +194,8 @@ struct KvCache {
   int page_size = 0;  // a power of two; 0: no pages
 };
 
+struct KvAppendProblem;
+
 // The queries are the last seqlen_q tokens of each sequence.
 struct FlashDecodeProblem {
   int64_t batch = 0, seqlen_q = 0;
@@ -207,6 +209,9 @@ struct FlashDecodeProblem {
   int64_t stride_ab = 0, stride_ah = 0;
   float softmax_scale = 1, softcap = 0;         // 0: none
   int64_t window_left = -1, window_right = -1;  // negative: no bound; causal is window_right = 0
+  // New tokens that are to be appended first, and by whose tables the queries are to be rotated;
+  // for backends that say so (flash_decode_appends).
+  const KvAppendProblem* append = nullptr;
   int device_index = 0;
   void* stream = nullptr;
 };

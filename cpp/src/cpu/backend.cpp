@@ -37,6 +37,7 @@ const Backend kBackend = {int8_gemm_workspace_size,
                           flash_attention,
                           flash_decode_workspace_size,
                           flash_decode,
+                          nullptr,
                           kv_append,
                           llm_int8_matmul_workspace_size,
                           llm_int8_matmul};

@@ -109,8 +109,11 @@ void check_table_reach(const KvAppendProblem& p) {
   }
 }
 
-// Nothing where there is nothing to write.
-std::optional<KvAppendProblem> checked(const fastq_kv_append_args& args) {
+}  // namespace
+
+std::optional<KvAppendProblem> checked_kv_append(const fastq_kv_append_args& caller) {
+  fastq_kv_append_args args_space;
+  const auto& args = known_struct(kOp, caller, kLeastArgs, args_space);
   const NamedTensor k{"k", &args.k}, v{"v", &args.v}, q{"q", &args.q}, out{"out", &args.out};
   fastq_kv_cache space;
   const NamedCache c(known_cache(kOp, args.cache, space));
@@ -141,12 +144,8 @@ std::optional<KvAppendProblem> checked(const fastq_kv_append_args& args) {
   return p;
 }
 
-}  // namespace
-
-void kv_append(const fastq_kv_append_args& caller) {
-  fastq_kv_append_args space;
-  const auto& args = known_struct(kOp, caller, kLeastArgs, space);
-  const std::optional<KvAppendProblem> p = checked(args);
+void kv_append(const fastq_kv_append_args& args) {
+  const std::optional<KvAppendProblem> p = checked_kv_append(args);
   if (!p) return;
   backend_for(device_of(args.k), kOp).kv_append(*p);
 }

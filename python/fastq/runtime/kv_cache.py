@@ -120,24 +120,19 @@ class KVCache:
         scales = {}
         if self.key_scales is not None:
             scales = {"k_scale": self.key_scales[layer], "v_scale": self.value_scales[layer]}
-        if self._rotary is None:
-            kv_append(key, value, keys, values, self.seqlens, **scales)
-        else:
+        rotation = {}
+        if self._rotary is not None:
             cos, sin = self._rotary
-            query = kv_append(
-                key,
-                value,
-                keys,
-                values,
-                self.seqlens,
-                rotary_cos=cos,
-                rotary_sin=sin,
-                rotary_interleaved=self._interleaved,
-                q=query,
-                **scales,
-            )
+            rotation = {"rotary_cos": cos, "rotary_sin": sin}
+            rotation["rotary_interleaved"] = self._interleaved
+        store = (keys, values, self.seqlens)
         if self.length > 0 or scales:
-            return flash_decode(query, keys, values, self.seqlens, **scales, **rule.options())
+            new = {"k": key, "v": value, **rotation}
+            return flash_decode(query, *store, **scales, **rule.options(), **new)
+        if rotation:
+            query = kv_append(key, value, *store, q=query, **rotation)
+        else:
+            kv_append(key, value, *store)
         if packing is None:  # a prompt's kernel is faster there
             return self_attention(query, keys[:, : query.shape[1]], value, rule)
         query, value = packing.pack_aligned(query), packing.pack_aligned(value)
