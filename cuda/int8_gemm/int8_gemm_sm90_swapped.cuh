@@ -19,6 +19,8 @@
 //   ahead      a constant weight is brought while the kernels before this one still run, no faster
 //              than memory can, lest they wait long for their few bytes. Of few tokens' weight L2
 //              keeps nothing that it has other things to keep for: nobody reads it again.
+//   few        Few tokens wait for memory: sums by mma.sync, which take half as long, and blocks
+//              that quantise their token themselves gained nothing in steps of decoding (H200).
 //   edges      TMA is slow where a box leaves the matrix. So the last tile begins as far back as it
 //              must to end with the matrix, and leaves to its neighbour what that one writes; a
 //              matrix that is smaller than a tile gets smaller boxes.
