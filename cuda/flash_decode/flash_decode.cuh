@@ -23,8 +23,10 @@
 #include <array>
 #include <type_traits>
 
+#include "flash_decode/flash_decode_append.cuh"
 #include "flash_decode/flash_decode_cluster.cuh"
 #include "flash_decode/flash_decode_keys.cuh"
+#include "flash_decode/flash_decode_queries.cuh"
 #include "flash_decode/flash_decode_work.cuh"
 #include "runtime/dependent_launch.cuh"
 #include "runtime/device.hpp"

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "flash_decode/flash_decode_kernels.hpp"
+#include "flash_decode/flash_decode_keys.cuh"
 #include "flash_decode/flash_decode_work.cuh"
 #include "quantize/row_scale.cuh"
 #include "runtime/float_io.cuh"
@@ -110,6 +111,26 @@ __device__ inline void append_token(const FlashDecodeParams& params, const Decod
   } else if (from_last == 1) {
     append_row<Traits, false>(params, tile.batch, head_k, token, stores, its.v, its.v_scale);
   }
+}
+
+// The new token's row to a warp's ring, of a stage whose copies have arrived.
+template <class Traits>
+__device__ inline void join_newest(typename Traits::Shared& shared, int stage, int row) {
+  constexpr int kBytes = Traits::kRowBytes;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  typename Traits::Ring& ring = shared.ring[warp];
+  if (lane < kBytes / 16) {
+    const uint32_t at = swizzled<kBytes>(row * kBytes + 16 * lane);
+    *reinterpret_cast<uint4*>(ring.k[stage][0] + at) =
+        reinterpret_cast<const uint4*>(shared.newest.k)[lane];
+    *reinterpret_cast<uint4*>(ring.v[stage][0] + at) =
+        reinterpret_cast<const uint4*>(shared.newest.v)[lane];
+  }
+  if (Traits::kInt8 && lane == 0) {
+    shared.scales[warp][stage].k[row] = shared.newest.k_scale;
+    shared.scales[warp][stage].v[row] = shared.newest.v_scale;
+  }
+  __syncwarp();
 }
 
 }  // namespace fastq::cuda
