@@ -1,4 +1,4 @@
-// A new token of each sequence, appended by the kernel that attends to it (kv_append.cu has the
+// A sequence's new token, appended by the kernel that attends to it (kv_append.cu has the
 // formulas). Whoever has a key head's last keys rotates and quantises the token's row on its way to
 // the cache, and to shared memory, from where it joins those that come out of the cache; and every
 // query is rotated where it is loaded. So nothing waits for the cache to be written.
@@ -7,6 +7,7 @@
 #include "flash_decode/flash_decode_kernels.hpp"
 #include "flash_decode/flash_decode_keys.cuh"
 #include "flash_decode/flash_decode_work.cuh"
+#include "kv_append/rotation.cuh"
 #include "quantize/row_scale.cuh"
 #include "runtime/float_io.cuh"
 
@@ -37,7 +38,7 @@ __device__ inline float rotated(const KvAppendProblem& p, const T* row, int d, i
                                           : to_float(static_cast<const T*>(table.data)[at]);
   };
   const float cosine = angle(p.rotary_cos), sine = angle(p.rotary_sin);
-  return __fadd_rn(__fmul_rn(x, cosine), __fmul_rn(other, is_first ? -sine : sine));
+  return rotated(x, other, cosine, is_first ? -sine : sine);
 }
 
 // A sequence and key head's new key (kIsKey) or value, by a warp: as the cache has it, to `to` and

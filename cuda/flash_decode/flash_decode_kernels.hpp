@@ -19,7 +19,7 @@ constexpr int kMaxDecodeCluster = 8;
 
 struct FlashDecodeParams {
   FlashDecodeProblem problem;
-  KvAppendProblem append;  // its k, v and rotation, where `appends`: seqlen_q is 1
+  KvAppendProblem append;  // its k, v and rotation, where `appends` (flash_decode_appends)
   bool appends;
   // The queries of the heads that share a key head are the rows of a matrix: row r is query
   // r / group of head head_k * group + r % group. A tile has `columns` of them.

@@ -15,6 +15,7 @@
 #include "core/integers.hpp"
 #include "core/settled_weights.hpp"
 #include "core/tensor.hpp"
+#include "kv_append/rotation.cuh"
 #include "quantize/row_scale.cuh"
 #include "runtime/dependent_launch.cuh"
 #include "runtime/device.hpp"
@@ -110,8 +111,8 @@ struct Pairs {
 
 __device__ inline void rotate_pair(float& x, float& y, float cosine, float sine) {
   const float first = x, second = y;
-  x = __fadd_rn(__fmul_rn(first, cosine), __fmul_rn(second, -sine));
-  y = __fadd_rn(__fmul_rn(second, cosine), __fmul_rn(first, sine));
+  x = rotated(first, second, cosine, -sine);
+  y = rotated(second, first, cosine, sine);
 }
 
 template <class Traits>
