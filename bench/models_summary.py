@@ -171,11 +171,21 @@ def prefill_table(lines: list[Line]) -> list[str]:
     return table(rows)
 
 
+def step_of(line: Line) -> tuple:
+    """Which step an op is of: the model, the batch, the tokens before it and the system."""
+    shape = line["shape"]
+    return shape["model"], shape["batch"], shape["context"], line["implementation"]
+
+
 def ops_table(lines: list[Line], *, at_least: float = 0.005) -> list[str]:
-    """Where a step goes: the ops with that share of it, beside the limit of each."""
-    rows = []
+    """Where a step goes: the ops with that share of it, the slowest first, beside the limit of
+    each. Of each step the newest run's alone, for another one may have had other ops."""
+    newest: dict[tuple, str] = {}
     for line in lines:
-        if line["share"] < at_least:
+        newest[step_of(line)] = max(line["time"], newest.get(step_of(line), ""))
+    rows = []
+    for line in sorted(lines, key=lambda line: (step_of(line), -line["share"])):
+        if line["share"] < at_least or line["time"] != newest[step_of(line)]:
             continue
         shape = line["shape"]
         largest = max(json.loads(shape["inputs"]), key=math.prod, default=[])
@@ -184,8 +194,7 @@ def ops_table(lines: list[Line], *, at_least: float = 0.005) -> list[str]:
         rows.append(
             {
                 "op, its largest input": f"`{line['tag']}` {size} {kernels}",
-                "of a step of": f"{shape['model']}, {shape['batch']}, {shape['context']}, "
-                f"{line['implementation']}",
+                "of a step of": ", ".join(map(str, step_of(line))),
                 "calls": f"{line['calls']:g}",
                 "µs a call": f"{line['us_a_call']:.2f}",
                 "limit µs": f"{line['limit_us_a_call']:.2f}",

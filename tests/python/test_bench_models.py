@@ -91,6 +91,8 @@ def test_decode(tmp_path, capsys):
     rows = models_summary.ops_table(quantised, at_least=0)
     assert len(rows) == len(quantised) + 3
     assert any("`fastq::flash_decode` 3 × 26 × 4 × 16" in row for row in rows)
+    older = [{**quantised[0], "tag": "kv_append", "time": "2020-01-01T00:00:00Z"}]
+    assert models_summary.ops_table(older + quantised, at_least=0) == rows
 
 
 @pytest.mark.parametrize(
