@@ -392,15 +392,20 @@ struct FlashDecode {
   static constexpr auto kFusedKernel = &flash_decode_kernel<Traits, true>;
   static constexpr int kSharedBytes = sizeof(typename Traits::Shared);
   static inline std::array<int, kMaxDevices> blocks_of_device{};
+  static inline std::array<std::array<int, kMaxDecodeCluster + 1>, kMaxDevices>
+      clusters_of_device{};
 
   static int load(const DeviceProps& props) {
+    const int arch = std::min(load_kernel(reinterpret_cast<const void*>(kKernel)),
+                              load_kernel(reinterpret_cast<const void*>(kFusedKernel)));
     if (kSharedBytes <= props.shared_memory_per_block) {
       blocks_of_device[props.index] = std::min(blocks_per_sm(kKernel), blocks_per_sm(kFusedKernel));
+      if (arch >= kDependentLaunchArch) count_clusters(clusters_of_device[props.index]);
     }
-    return std::min(load_kernel(reinterpret_cast<const void*>(kKernel)),
-                    load_kernel(reinterpret_cast<const void*>(kFusedKernel)));
+    return arch;
   }
   static int blocks_on(int device) { return blocks_of_device[device]; }
+  static int clusters_on(int device, int size) { return clusters_of_device[device][size]; }
 
   static void launch(const FlashDecodeParams& params, cudaStream_t stream) {
     cudaLaunchConfig_t config{};
@@ -411,9 +416,7 @@ struct FlashDecode {
     config.blockDim = Traits::kThreads;
     config.dynamicSmemBytes = kSharedBytes;
     config.stream = stream;
-    cudaLaunchAttribute attributes[2] = {dependent_launch()};
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {static_cast<unsigned>(params.cluster), 1, 1};
+    cudaLaunchAttribute attributes[2] = {dependent_launch(), clusters_of(params.cluster)};
     config.attrs = attributes;
     config.numAttrs = !params.launches_dependent ? 0 : has_clusters ? 2 : 1;
     check(cudaLaunchKernelEx(&config, has_clusters || params.appends ? kFusedKernel : kKernel,
@@ -424,12 +427,33 @@ struct FlashDecode {
   static bool register_kernel() {
     constexpr DType dtype =
         std::is_same_v<typename Traits::T, __half> ? DType::kFloat16 : DType::kBFloat16;
-    return register_flash_decode_kernel({dtype, Traits::kInt8 ? DType::kInt8 : dtype,
-                                         Traits::kHeadDim, Traits::kColumns, Traits::kStages,
-                                         Traits::kBlockKeys, &blocks_on, &launch, &load});
+    return register_flash_decode_kernel(
+        {dtype, Traits::kInt8 ? DType::kInt8 : dtype, Traits::kHeadDim, Traits::kColumns,
+         Traits::kStages, Traits::kBlockKeys, &blocks_on, &clusters_on, &launch, &load});
   }
 
  private:
+  static cudaLaunchAttribute clusters_of(int size) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+    return attribute;
+  }
+  // A cluster lies within one of the groups that a device's multiprocessors come in, whose sizes
+  // differ from device to device.
+  static void count_clusters(std::array<int, kMaxDecodeCluster + 1>& most) {
+    for (int size = 2; size <= kMaxDecodeCluster; ++size) {
+      cudaLaunchAttribute attribute = clusters_of(size);
+      cudaLaunchConfig_t config{};
+      config.gridDim = static_cast<unsigned>(size);
+      config.blockDim = Traits::kThreads;
+      config.dynamicSmemBytes = kSharedBytes;
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      check(cudaOccupancyMaxActiveClusters(&most[size], kFusedKernel, &config),
+            "loading a decoding kernel");
+    }
+  }
   static int blocks_per_sm(void (*kernel)(FlashDecodeParams)) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
           "loading a decoding kernel");

@@ -46,6 +46,8 @@ struct FlashDecodeKernel {
   int block_keys;  // of a block of keys
   // On a device where it has been loaded; 0 where it does not fit.
   int (*blocks_per_sm)(int device);
+  // How many clusters of `size` blocks that device holds at a time; 0 where it knows no clusters.
+  int (*clusters)(int device, int size);
   void (*launch)(const FlashDecodeParams& params, cudaStream_t stream);
   int (*load)(const DeviceProps& props);  // on that device; the architecture of its code
 };

@@ -1,6 +1,7 @@
 // The choice of a CUDA kernel for an INT8 GEMM is a pure function: it is tested without a GPU, and
 // without CUDA. In a build with the CUDA backend each configuration must also have its instances.
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <set>
@@ -171,6 +172,18 @@ void tiles_fit_the_problem() {
     const TileConfig other = select_config(s, kH200, false).config.tile;
     EXPECT(other.tile_m == tokens && other.schedule != Schedule::kPingpong, std::to_string(M));
   }
+  // Several waves with outliers are those of ping-pong tiles.
+  for (const auto& [M, N, K] :
+       {std::array{512, 8192, 2048}, {384, 10240, 2560}, {1024, 4096, 1024}, {256, 4096, 11008}}) {
+    GemmShape s = shape(M, N, K);
+    s.out_is_tma_storable = false;
+    EXPECT(select_config(s, kH200, false).config.tile.schedule == Schedule::kSwapped,
+           text(s, kH200));
+    s.has_outliers = true;
+    const TileConfig tile = select_config(s, kH200, false).config.tile;
+    EXPECT(tile.schedule == Schedule::kSwappedPingpong, text(s, kH200));
+  }
+  EXPECT(config(2048, 3072, 768, kH200).tile == tiles::kSm90Large, "a short K");
   EXPECT(config(512, 4096, 4096, kH200).tile == tiles::swapped(128, 128), "a single wave");
   EXPECT(config(4096, 4096, 4096, kH200).tile == tiles::kSm90Large, "many");
   // Narrower tiles where those of 128 channels leave much of the last wave idle.
