@@ -268,14 +268,6 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
       shared.drained[warpgroup][0].arrive();
       shared.drained[warpgroup][1].arrive();
     }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (128 * i + lane128 >= Traits::kTileM) continue;
-      shared.rows[warpgroup][128 * i + lane128] = rows[i];
-      shared.scales[warpgroup][128 * i + lane128] = rows[i].scale_a;
-    }
-    part.sync();
-
     if constexpr (Traits::kPingpong) NamedBarrier::sync(256, 3 + warpgroup);
     swapped_accumulate<Traits>(p, shared, stages_b, stages_a, p.k_tiles, at,
                                Traits::kPingpong ? lane128 : thread, acc, [&] {
@@ -284,6 +276,14 @@ __device__ inline void swapped_consume(const SwappedParams& p, typename Traits::
                                });
 
     if (n0 >= n_end) continue;
+    // Not before the main loop, which would wait for them.
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (128 * i + lane128 >= Traits::kTileM) continue;
+      shared.rows[warpgroup][128 * i + lane128] = rows[i];
+      shared.scales[warpgroup][128 * i + lane128] = rows[i].scale_a;
+    }
+    part.sync();
     const float* scales = shared.scales[warpgroup];
     int outliers = 0;
     if (has_outliers) {
