@@ -2,7 +2,8 @@
 that a run is judged by.
 
 ``python -m bench.models_summary FOLDER`` reads ``decode.jsonl``, ``prefill.jsonl`` and
-``decode_ops.jsonl`` of a folder of results, the newest line of each case.
+``decode_ops.jsonl`` of a folder of results, the newest line of each case; of the ops of a step, the
+newest run.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def step_of(line: Line) -> tuple:
 
 def ops_table(lines: list[Line], *, at_least: float = 0.005) -> list[str]:
     """Where a step goes: the ops with that share of it, the slowest first, beside the limit of
-    each. Of each step the newest run's alone, for another one may have had other ops."""
+    each. Of all lines those of each step's newest run, whose time they share."""
     newest: dict[tuple, str] = {}
     for line in lines:
         newest[step_of(line)] = max(line["time"], newest.get(step_of(line), ""))
@@ -209,12 +210,18 @@ def read(folder: Path, op: str) -> list[Line]:
     return list(results.newest(path).values()) if path.exists() else []
 
 
+def read_ops(folder: Path) -> list[Line]:
+    """All lines: two ops of a step may have the same inputs, and runs differ in their ops."""
+    path = folder / "decode_ops.jsonl"
+    return results.read(path) if path.exists() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.models_summary")
     parser.add_argument("results", type=Path)
     folder = parser.parse_args().results
     decode, prefill = read(folder, "decode"), read(folder, "prefill")
-    text = decode_table(decode) + prefill_table(prefill) + ops_table(read(folder, "decode_ops"))
+    text = decode_table(decode) + prefill_table(prefill) + ops_table(read_ops(folder))
     bars = [*decode_bars(decode), *prefill_bars(prefill)]
     missed = sum(not bar.passes for bar in bars)
     print("\n".join([*text, *(bar.text for bar in bars), f"{missed} of {len(bars)} missed"]))

@@ -262,7 +262,7 @@ def section(folder: Path) -> list[str]:
     ops = ("int8_gemm", "flash_attention", "flash_decode", "kv_append", "quantize", "call_overhead")
     gemm, attention, decode, append, quantize, overhead = (read(folder, op) for op in ops)
     llm_int8, backward = (read(folder, op) for op in ("llm_int8", "int8_linear_backward"))
-    steps, ops_of_steps, prompts = (read(folder, op) for op in ("decode", "decode_ops", "prefill"))
+    steps, prompts = (read(folder, op) for op in ("decode", "prefill"))
     lines = gemm + llm_int8 + backward + attention + decode + append + quantize + overhead
     lines += steps + prompts
     if not lines:
@@ -270,7 +270,8 @@ def section(folder: Path) -> list[str]:
     last = max(lines, key=lambda line: line["time"])
     threads = f", {last['threads']} threads" if "threads" in last else ""
     text = [f"**{last['device']}**{threads}, torch {last['torch']}, {last['time'][:10]}", ""]
-    text += models_summary.decode_table(steps) + models_summary.ops_table(ops_of_steps)
+    text += models_summary.decode_table(steps)
+    text += models_summary.ops_table(models_summary.read_ops(folder))
     text += models_summary.prefill_table(prompts)
     if gemm:
         text += gemm_tables(gemm)

@@ -296,8 +296,9 @@ inline GemmConfig select_many_tokens_config(const GemmShape& s, const GemmDevice
   for (const WaveTime& t : kShared) {
     const int64_t rows = ceil_div(s.M, t.tokens), count = waves(rows, columns);
     // Outliers are added after a tile's main loop, by ping-pong tiles while the next one's is under
-    // way. Measured: with several waves those are 4 to 15 % faster than any but the tallest of
-    // these, and with one wave of 64 tokens 4 to 12 %, where the weight is wide and rows are even.
+    // way. Measured on an H200: with several waves those took 1 to 16 % less than any but the
+    // tallest of these; and with one wave of 64 tokens 5 to 13 % less, where the weight is wide and
+    // the rows of tiles are even (but 2 % more with two rows).
     if (s.has_outliers && count > 1 && t.tokens <= 144) continue;
     const bool is_behind = t.tokens == 64 && columns >= 16 && rows % 2 == 0;
     const double outliers = s.has_outliers && is_behind ? 0.4 : 0;

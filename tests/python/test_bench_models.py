@@ -91,8 +91,13 @@ def test_decode(tmp_path, capsys):
     rows = models_summary.ops_table(quantised, at_least=0)
     assert len(rows) == len(quantised) + 3
     assert any("`fastq::flash_decode` 3 × 26 × 4 × 16" in row for row in rows)
-    older = [{**quantised[0], "tag": "kv_append", "time": "2020-01-01T00:00:00Z"}]
-    assert models_summary.ops_table(older + quantised, at_least=0) == rows
+    assert models_summary.read_ops(tmp_path) == ops
+    assert len({(line["time"], line["shape"]["batch"]) for line in quantised}) == 2  # runs
+    older = {**quantised[0], "tag": "kv_append", "time": "2020-01-01T00:00:00Z"}
+    other = {**quantised[0], "tag": "with the same inputs"}
+    both = models_summary.ops_table([older, *quantised, other], at_least=0)
+    assert len(both) == len(rows) + 1
+    assert any("`with the same inputs`" in row for row in both)
 
 
 @pytest.mark.parametrize(
