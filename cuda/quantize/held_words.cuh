@@ -104,7 +104,7 @@ class HeldWords {
   static constexpr int kVector = Traits::kVector;
   static constexpr bool kIsHalf = sizeof(T) == 2;
 
-  __device__ HeldWords(const QuantizeParams& params, const RowBlocks& blocks, RowExchange& exchange)
+  __device__ HeldWords(const QuantizeParams& params, RowBlocks& blocks, RowExchange& exchange)
       : p_(params.problem), blocks_(blocks), exchange_(exchange), vectors_(params, blocks) {}
 
   __device__ void quantize() {
@@ -150,8 +150,7 @@ class HeldWords {
   __device__ bool writes_scale() const { return threadIdx.x == 0 && blocks_.rank == 0; }
 
   __device__ void store_symmetric() const {
-    const uint32_t absmax =
-        maximum_of_row(blocks_, extremes().magnitude(), exchange_.maxima[0], exchange_.of_block[0]);
+    const uint32_t absmax = exchange_.maximum(blocks_, extremes().magnitude(), 0);
     const float scale = symmetric_scale(absmax);
     if (writes_scale()) p_.scale[blocks_.row * p_.stride_s] = scale;
     if (absmax >= 0x7f800000u) return vectors_.store_zeros(q());
@@ -170,8 +169,7 @@ class HeldWords {
   template <class Activate>
   __device__ void store_activated(const Activate& activate, const T* x) const {
     constexpr float kLeast = 0.28f;
-    const uint32_t most =
-        maximum_of_row(blocks_, extremes().above(), exchange_.maxima[0], exchange_.of_block[0]);
+    const uint32_t most = exchange_.maximum(blocks_, extremes().above(), 0);
     float absmax = fabsf(activate(__uint_as_float(most)));
     if (absmax < kLeast) {
       float largest = 0;
@@ -184,8 +182,7 @@ class HeldWords {
 #pragma unroll
         for (const float its : y) largest = fmaxf(largest, fabsf(activate(its)));
       }
-      absmax = __uint_as_float(
-          maximum_of_row(blocks_, largest, exchange_.maxima[1], exchange_.of_block[1]));
+      absmax = __uint_as_float(exchange_.maximum(blocks_, largest, 1));
     }
     const float scale = symmetric_scale(__float_as_uint(absmax));
     if (writes_scale()) p_.scale[blocks_.row * p_.stride_s] = scale;
@@ -200,10 +197,8 @@ class HeldWords {
 
   __device__ void store_asymmetric() const {
     const ExtremesOfWords<T> its = extremes();
-    const uint32_t above =
-        maximum_of_row(blocks_, its.above(), exchange_.maxima[0], exchange_.of_block[0]);
-    const uint32_t below =
-        maximum_of_row(blocks_, its.below(), exchange_.maxima[1], exchange_.of_block[1]);
+    const uint32_t above = exchange_.maximum(blocks_, its.above(), 0);
+    const uint32_t below = exchange_.maximum(blocks_, its.below(), 1);
     const RowScale scale = row_scale(above, below);
     if (writes_scale()) {
       p_.scale[blocks_.row * p_.stride_s] = scale.scale;
@@ -273,7 +268,7 @@ class HeldWords {
   }
 
   const QuantizeProblem& p_;
-  const RowBlocks& blocks_;
+  RowBlocks& blocks_;
   RowExchange& exchange_;
   const HeldVectors<Traits, kCount> vectors_;
   RawVector<Traits> held_[HeldVectors<Traits, kCount>::kVectors];

@@ -22,10 +22,11 @@ class HeldFloats {
   using Vectors = HeldVectors<Traits, kCount>;
   static constexpr int kVector = Traits::kVector, kVectors = Vectors::kVectors;
   static constexpr bool kIsRms = Traits::kIsRms, kIsLayer = Traits::kIsLayer;
+  // A usual norm's h and weight stay as memory has them till y: floats would take more registers.
+  static constexpr bool kHoldsH = kIsRms || kIsLayer;
   static constexpr bool kHasOther = Traits::kIsNorm || Traits::kMultiplies;
 
-  __device__ HeldFloats(const QuantizeParams& params, const RowBlocks& blocks,
-                        RowExchange& exchange)
+  __device__ HeldFloats(const QuantizeParams& params, RowBlocks& blocks, RowExchange& exchange)
       : params_(params),
         p_(params.problem),
         blocks_(blocks),
@@ -36,7 +37,7 @@ class HeldFloats {
     begin();
     int8_t* const q = worked_out(p_.q + blocks_.row * p_.stride_qr);
     const bool writes_scale = threadIdx.x == 0 && blocks_.rank == 0;
-    if constexpr (Traits::kIsNorm) normalize();
+    if constexpr (Traits::kIsNorm && !kIsRms) normalize();
     if constexpr (Traits::kOptions) finish();
     if (Traits::kOptions && !kIsUsual && p_.is_static) {
       return store<RowRounding::kStatic>(q, static_scale(*p_.scale, p_.zero_point));
@@ -50,15 +51,12 @@ class HeldFloats {
       }
       return store<RowRounding::kAsymmetric>(q, scale);
     }
-    float largest = 0;
-    vectors_.for_each([&](int i, int) {
-#pragma unroll
-      for (const float x : y_[i]) largest = max_or_nan(largest, fabsf(x));
-    });
-    // An RMS norm's scale is left to the quantisation.
-    float absmax = __uint_as_float(
-        maximum_of_row(blocks_, largest, exchange_.maxima[0], exchange_.of_block[0]));
-    if constexpr (kIsRms) absmax *= norm_scale_;
+    float absmax;
+    if constexpr (kIsRms) {
+      absmax = normalize_rms();
+    } else {
+      absmax = __uint_as_float(exchange_.maximum(blocks_, largest(), 0));
+    }
     const float scale = symmetric_scale(__float_as_uint(absmax));
     if (writes_scale) p_.scale[blocks_.row * p_.stride_s] = scale;
     if constexpr (Traits::kExact) {
@@ -103,8 +101,10 @@ class HeldFloats {
         raw[i].add(others[i]);
         raw[i].store(out, 1, at);
       });
+      load_weights<false>();
+    } else {
+      load_weights<true>();
     }
-    if constexpr (kIsRms) load(weights_, static_cast<const T*>(p_.weight.data));
     const auto convert = [&](const auto& activate) {
       vectors_.for_each([&](int i, int) {
         raw[i].to_floats(y_[i]);
@@ -119,80 +119,121 @@ class HeldFloats {
     };
     if constexpr (Traits::kMultiplies) {
       with_quantized_activation<Traits::kIsPlain>(p_.activation, convert);
-    } else if constexpr (kIsRms) {
+    } else if constexpr (kHoldsH) {
       vectors_.for_each([&](int i, int) { h_[i] = raw[i]; });
     } else {
       convert([](float y) { return y; });
     }
   }
 
-  // From h to y; kRms leaves its scale.
-  __device__ void normalize() {
-    const bool are_usual = kIsUsual || (!kIsRms && vectors_.is_any(0) && is_usual<T>(p_.weight) &&
-                                        is_usual<T>(p_.bias));
-    Columns columns;  // on their way while others still sum
-    if (!kIsRms && are_usual) columns = load_columns_of(0);
-    float sum = 0;
-    if (kIsLayer || (!kIsRms && p_.norm == Norm::kLayer)) {
-      sum = sum_of_elements([](float h, float sum) { return sum + h; });
-      sum = sum_of_row(blocks_, sum, exchange_.sums[0], exchange_.of_block[2]);
-      const float mean = sum * params_.inverse_cols;
-      sum = sum_of_elements([&](float& h, float sum) {
-        h -= mean;
-        return fmaf(h, h, sum);
+  // On both ways to what is made of h, and not behind their meeting: there ptxas would wait for h
+  // before it asks for weights. Two kinds of loads, or the compiler would make one of both.
+  template <bool kIsConstant>
+  __device__ void load_weights() {
+    if constexpr (kHoldsH) {
+      vectors_.for_each([&](int i, int at) {
+        weights_[i].template load<kIsConstant>(p_.weight.data, 1, at, true);
       });
-    } else {
-      sum = sum_of_elements([](float h, float sum) { return fmaf(h, h, sum); });
-    }
-    if constexpr (kIsRms) weigh();
-    sum = sum_of_row(blocks_, sum, exchange_.sums[1], exchange_.of_block[3]);
-    norm_scale_ = rsqrtf(sum * params_.inverse_cols + p_.eps);
-    if (kIsRms) return;
-    if (are_usual) {
-      vectors_.for_each([&](int i, int) {
-        Floats weight, bias;
-        if (i > 0) columns = load_columns_of(i);
-        columns.weight.to_floats(weight), columns.bias.to_floats(bias);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-          y_[i][j] = fmaf(y_[i][j], weight[j] * norm_scale_, bias[j]);
-        }
-      });
-    } else {
-      weigh_and_add();
     }
   }
 
-  // add(element, sum), which may change the element.
+  __device__ float largest() const {
+    float largest = 0;
+    vectors_.for_each([&](int i, int) {
+#pragma unroll
+      for (const float x : y_[i]) largest = max_or_nan(largest, fabsf(x));
+    });
+    return largest;
+  }
+
+  // From h to y without the norm's scale, which is left to the quantisation. Returns the largest
+  // magnitude with it.
+  __device__ float normalize_rms() {
+    const float sum = sum_of_squares();
+    weigh();
+    const auto row = exchange_.sum_and_maximum(blocks_, sum, largest());
+    norm_scale_ = rsqrtf(row.sum * params_.inverse_cols + p_.eps);
+    return __uint_as_float(row.maximum) * norm_scale_;
+  }
+
+  // From h to y. The variance is what the squares' mean is more than the mean's square: both sums
+  // are told at once. Where that is less than an eighth, it has lost digits, and is summed again.
+  __device__ void normalize() {
+    constexpr float kLeast = 0.125f;
+    const bool are_usual = kIsUsual || (is_usual<T>(p_.weight) && is_usual<T>(p_.bias));
+    float mean = 0, squares = sum_of_squares();
+    if (kIsLayer || p_.norm == Norm::kLayer) {
+      const float sum = sum_of_elements([](float h, float sum) { return sum + h; });
+      const auto row = exchange_.sums(blocks_, sum, squares);
+      mean = row.x * params_.inverse_cols;
+      squares = fmaf(-mean, row.x, row.y);
+      if (!(squares >= kLeast * row.y)) {
+        forget();
+        squares = exchange_.sum(blocks_, sum_of_elements([&](float h, float sum) {
+                                  return fmaf(h - mean, h - mean, sum);
+                                }));
+      }
+    } else {
+      squares = exchange_.sum(blocks_, squares);
+    }
+    norm_scale_ = rsqrtf(squares * params_.inverse_cols + p_.eps);
+    forget();
+    if (are_usual) {
+      vectors_.for_each([&](int i, int at) {
+        Floats weight, bias;
+        Raw of_columns;
+        of_columns.template load<true>(p_.bias.data, 1, at, true);
+        of_columns.to_floats(bias);
+        if constexpr (kHoldsH) {
+          weights_[i].to_floats(weight);
+          h_[i].to_floats(y_[i]);
+        } else {
+          of_columns.template load<true>(p_.weight.data, 1, at, true);
+          of_columns.to_floats(weight);
+        }
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          y_[i][j] = fmaf(y_[i][j] - mean, weight[j] * norm_scale_, bias[j]);
+        }
+      });
+    } else {
+      weigh_and_add(mean);
+    }
+  }
+
+  // sum(add(h, sum)) over a thread's own elements.
   template <class Add>
-  __device__ float sum_of_elements(const Add& add) {
+  __device__ float sum_of_elements(const Add& add) const {
     float sum = 0;
     vectors_.for_each([&](int i, int) {
+      Floats its;
+      if constexpr (kHoldsH) h_[i].to_floats(its);
       float of_vector = 0;
-      if constexpr (kIsRms) h_[i].to_floats(y_[i]);
 #pragma unroll
-      for (float& h : y_[i]) of_vector = add(h, of_vector);
+      for (int j = 0; j < kVector; ++j) of_vector = add(kHoldsH ? its[j] : y_[i][j], of_vector);
       sum += vectors_.is_there(i) ? of_vector : 0;
     });
     return sum;
   }
-
-  // Of weight and bias where both are usual.
-  struct Columns {
-    Raw weight, bias;
-  };
-  __device__ Columns load_columns_of(int i) const {
-    const int at = vectors_.at(i);
-    Columns its;
-    its.weight.template load<true>(p_.weight.data, 1, at, true);
-    its.bias.template load<true>(p_.bias.data, 1, at, true);
-    return its;
+  __device__ float sum_of_squares() const {
+    return sum_of_elements([](float h, float sum) { return fmaf(h, h, sum); });
   }
 
-  // y = h * weight. From what was loaded, again: as floats h would take more registers meanwhile.
+  // Or the compiler would keep the floats that it has made of h. ptxas does, unless the words
+  // change: it cannot know that the rows of this kernel have no rotation, so it is 0.
+  __device__ void forget() {
+    if constexpr (kHoldsH) vectors_.for_each([&](int i, int) { h_[i].forget(); });
+    if constexpr (kIsLayer) {
+      vectors_.for_each([&](int i, int) {
+        each_word(h_[i].words, [&](uint32_t word, int) { return word ^ p_.rotation; });
+      });
+    }
+  }
+
+  // y = h * weight.
   __device__ void weigh() {
+    forget();
     vectors_.for_each([&](int i, int) {
-      h_[i].forget();
       h_[i].to_floats(y_[i]);
       Floats weight;
       weights_[i].to_floats(weight);
@@ -201,10 +242,12 @@ class HeldFloats {
     });
   }
 
-  // y * weight * scale + bias, of any kind.
-  __device__ void weigh_and_add() {
+  // (y - mean) * weight * scale + bias, of any kind.
+  __device__ void weigh_and_add(float mean) {
     vectors_.for_each([&](int i, int at) {
       Floats of_columns;
+#pragma unroll
+      for (float& y : y_[i]) y -= mean;
       if (p_.weight.data != nullptr) {
         load_columns<Traits>(p_.weight, at, true, of_columns);
 #pragma unroll
@@ -255,8 +298,7 @@ class HeldFloats {
 #pragma unroll
       for (const float x : y_[i]) above = max_or_nan(above, x), below = max_or_nan(below, -x);
     });
-    return {maximum_of_row(blocks_, above, exchange_.maxima[0], exchange_.of_block[0]),
-            maximum_of_row(blocks_, below, exchange_.maxima[1], exchange_.of_block[1])};
+    return {exchange_.maximum(blocks_, above, 0), exchange_.maximum(blocks_, below, 1)};
   }
 
   __device__ void clear(int i) {
@@ -290,16 +332,16 @@ class HeldFloats {
 
   const QuantizeParams& params_;
   const QuantizeProblem& p_;
-  const RowBlocks& blocks_;
+  RowBlocks& blocks_;
   RowExchange& exchange_;
   const Vectors vectors_;
   float norm_scale_ = 1;
-  Raw h_[kIsRms ? kVectors : 1], weights_[kIsRms ? kVectors : 1];
+  Raw h_[kHoldsH ? kVectors : 1], weights_[kHoldsH ? kVectors : 1];
   Floats y_[kVectors];
 };
 
 template <class Traits, int kCount, bool kIsUsual>
-__device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks,
+__device__ inline void quantize_held_row(const QuantizeParams& params, RowBlocks& blocks,
                                          RowExchange& exchange) {
   if constexpr (Traits::kHoldsWords) {
     HeldWords<Traits, kCount, kIsUsual>(params, blocks, exchange).quantize();
@@ -310,8 +352,8 @@ __device__ inline void quantize_held_row(const QuantizeParams& params, const Row
 
 // The code of usual rows is written out by the number of a thread's vectors.
 template <class Traits>
-__device__ inline void quantize_held_row(const QuantizeParams& params, const RowBlocks& blocks) {
-  __shared__ RowExchange exchange;
+__device__ inline void quantize_held_row(const QuantizeParams& params, RowBlocks& blocks,
+                                         RowExchange& exchange) {
 #if __CUDA_ARCH__ >= 900
   constexpr bool kHasMost = true;
 #else

@@ -40,8 +40,7 @@ struct QuantizeTraits {
   static constexpr bool kIsHalf = std::is_same_v<T, __half>;
   static constexpr bool kIsWide = kHolds_ && kOptions && !kIsPlain;
   static constexpr bool kIsTight = kHolds_ && !kHoldsWords && !kIsWide && sizeof(T) == 2 &&
-                                   kSource != RowSource::kNorm && !kIsLayer &&
-                                   !(kIsHalf && kOptions);
+                                   kSource != RowSource::kNorm && !(kIsHalf && kOptions);
   static constexpr int kThreads = kIsWide ? 512 : kIsTight ? 576 : kMaxQuantizeThreads;
 #if __CUDA_ARCH__ >= 900
   static constexpr int kResidentBlocks = kIsTight ? 2 : 1;

@@ -203,17 +203,19 @@ class RowQuantizer {
 
 template <class Traits>
 __device__ inline void quantize_row(const QuantizeParams& params, float* held) {
-  __shared__ RowExchange exchange;
+  // Each is used once.
+  __shared__ alignas(16) float sums[2][kMaxQuantizeThreads / 32];
+  __shared__ uint32_t maxima[2][kMaxQuantizeThreads / 32];
   const QuantizeProblem& p = params.problem;
   const int64_t index = blockIdx.x;
   RowQuantizer<Traits> row(params, index, held);
   row.begin();
   if constexpr (Traits::kIsNorm) {
     if (p.norm == Norm::kLayer) {
-      row.mean = sum_of_block(row.sum, exchange.sums[0]) * params.inverse_cols;
+      row.mean = sum_of_block(row.sum, sums[0]) * params.inverse_cols;
       row.sum_squares();
     }
-    const float sum = sum_of_block(row.sum, exchange.sums[1]);
+    const float sum = sum_of_block(row.sum, sums[1]);
     row.norm_scale = rsqrtf(sum * params.inverse_cols + p.eps);
     row.normalize();
   }
@@ -224,9 +226,9 @@ __device__ inline void quantize_row(const QuantizeParams& params, float* held) {
   if (p.is_static) {
     return row.template store<RowRounding::kStatic>(q, static_scale(*p.scale, p.zero_point));
   }
-  const uint32_t above = maximum_of_block(row.extremes.above, exchange.maxima[0]);
+  const uint32_t above = maximum_of_block(row.extremes.above, maxima[0]);
   if (p.zero_point != nullptr) {
-    const uint32_t below = maximum_of_block(row.extremes.below, exchange.maxima[1]);
+    const uint32_t below = maximum_of_block(row.extremes.below, maxima[1]);
     const RowScale scale = row_scale(above, below);
     if (threadIdx.x == 0) {
       p.scale[index * p.stride_s] = scale.scale;
@@ -243,12 +245,14 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kResidentBlocks)
     quantize_rows(const __grid_constant__ QuantizeParams params) {
   extern __shared__ __align__(16) float held[];
-  wait_for_predecessor(params.starts_successor_early);
   if constexpr (Traits::kInRegisters > 0) {
-    const RowBlocks blocks;
-    quantize_held_row<Traits>(params, blocks);
-    blocks.sync();  // the others may still read here
+    __shared__ RowExchange exchange;
+    RowBlocks blocks;
+    exchange.open(blocks);
+    wait_for_predecessor(params.starts_successor_early);
+    quantize_held_row<Traits>(params, blocks, exchange);
   } else {
+    wait_for_predecessor(params.starts_successor_early);
     quantize_row<Traits>(params, held);
   }
 }

@@ -134,17 +134,21 @@ def test_eps(device, norm, eps):
 
 @dtypes
 @residuals
-def test_means_far_from_zero(device, has_residual, dtype):
-    """mean(h ** 2) - mean(h) ** 2 would have lost all digits of the variance."""
+@pytest.mark.parametrize("has_weight", [False, True], ids=["plain", "weight"])
+@pytest.mark.parametrize(("mean", "tolerance"), [(500, 1e-4), (2.6, TOLERANCE), (2.7, TOLERANCE)])
+def test_means_far_from_zero(device, mean, tolerance, has_weight, has_residual, dtype):
+    """mean(h ** 2) - mean(h) ** 2 would have lost all digits of the variance at 500; it has lost
+    three bits at 2.65."""
     for length in (100, 4096, 30000):
-        x = torch.randn(3, length, generator=generator(length)) + 500
+        x = torch.randn(3, length, generator=generator(length)) + mean
         x[1] *= -1
         x = x.to(dtype).to(device)
         residual = x if has_residual else None
-        got = fastq.layer_norm_quant(x, residual=residual)
+        vectors = (torch.ones_like(x[0]), torch.zeros_like(x[0])) if has_weight else (None, None)
+        got = fastq.layer_norm_quant(x, vectors[0], bias=vectors[1], residual=residual)
         h = reference.to_numpy(x) * (2 if has_residual else 1)
         y = reference.normalize(h, None, None, 1e-5, is_layer_norm=True)
-        reference.assert_quantizes(got[:2], y, 1e-4)
+        reference.assert_quantizes(got[:2], y, tolerance)
 
 
 @norms
