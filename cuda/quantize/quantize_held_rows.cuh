@@ -90,6 +90,12 @@ class HeldFloats {
     const auto load = [&](Raw* to, const T* from) {
       vectors_.for_each([&](int i, int at) { to[i].load(from, 1, at, true); });
     };
+    // Behind the code for a residual, ptxas would wait for x before it asks for weights. With one
+    // they come later: the sum needs the registers.
+    const auto load_weights = [&] {
+      if constexpr (kHoldsH) load(weights_, static_cast<const T*>(p_.weight.data));
+    };
+    if (!has_other) load_weights();
     load(raw, row_of(p_.x, p_.stride_xr));
     if (has_other) load(others, row_of(matrix.data, matrix.stride_m));
     if (Traits::kIsNorm && has_other) {
@@ -101,9 +107,7 @@ class HeldFloats {
         raw[i].add(others[i]);
         raw[i].store(out, 1, at);
       });
-      load_weights<false>();
-    } else {
-      load_weights<true>();
+      load_weights();
     }
     const auto convert = [&](const auto& activate) {
       vectors_.for_each([&](int i, int) {
@@ -123,17 +127,6 @@ class HeldFloats {
       vectors_.for_each([&](int i, int) { h_[i] = raw[i]; });
     } else {
       convert([](float y) { return y; });
-    }
-  }
-
-  // On both ways to what is made of h, and not behind their meeting: there ptxas would wait for h
-  // before it asks for weights. Two kinds of loads, or the compiler would make one of both.
-  template <bool kIsConstant>
-  __device__ void load_weights() {
-    if constexpr (kHoldsH) {
-      vectors_.for_each([&](int i, int at) {
-        weights_[i].template load<kIsConstant>(p_.weight.data, 1, at, true);
-      });
     }
   }
 
